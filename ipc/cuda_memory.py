@@ -1,0 +1,144 @@
+"""The staging ring in GPU memory, shared by a file descriptor.
+
+The engine creates the memory with ``cuMemCreate`` and exports it as a descriptor, which travels
+like the descriptor of a ``HostRing``. The loader imports it and copies pinned host memory into it
+on a stream of its own; it launches no kernel. The memory is the engine's: it outlives any loader.
+
+Source: CUDA driver API, "Virtual Memory Management", through ``cuda-bindings``.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from typing import Any
+
+from cuda.bindings import driver
+
+from ipc.errors import Unavailable
+from ipc.messages import RingGrant, RingKind
+
+_FD = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+
+
+def checked(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a driver call returns besides its status. Raises ``Unavailable`` naming the call."""
+    status, *results = call(*arguments)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise Unavailable(f"{call.__name__} failed with {status.name}")
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+class _Mapping:
+    """``num_bytes`` of the memory behind ``handle``, readable and writable at ``address``."""
+
+    def __init__(self, handle: Any, num_bytes: int, device: int) -> None:
+        self._handle = handle
+        self._num_bytes = num_bytes
+        pointer = checked(driver.cuMemAddressReserve, num_bytes, 0, driver.CUdeviceptr(0), 0)
+        self.address = int(pointer)
+        checked(driver.cuMemMap, pointer, num_bytes, 0, handle, 0)
+        access = driver.CUmemAccessDesc()
+        access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        access.location.id = device
+        access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        checked(driver.cuMemSetAccess, pointer, num_bytes, [access], 1)
+
+    def close(self) -> None:
+        pointer = driver.CUdeviceptr(self.address)
+        checked(driver.cuMemUnmap, pointer, self._num_bytes)
+        checked(driver.cuMemAddressFree, pointer, self._num_bytes)
+        checked(driver.cuMemRelease, self._handle)
+
+
+class CudaRing:
+    """The engine's end. Must be made where the engine's CUDA context is current."""
+
+    def __init__(self, device: int, num_chunks: int, chunk_bytes: int) -> None:
+        properties = _allocation_properties(device)
+        num_bytes = _mapped_bytes(properties, num_chunks * chunk_bytes)
+        handle = checked(driver.cuMemCreate, num_bytes, properties, 0)
+        self.fd: int = checked(driver.cuMemExportToShareableHandle, handle, _FD, 0)
+        self.num_chunks = num_chunks
+        self.chunk_bytes = chunk_bytes
+        self._mapping = _Mapping(handle, num_bytes, device)
+
+    def grant_kind(self) -> RingKind:
+        return RingKind.CUDA
+
+    def chunk_address(self, chunk: int) -> int:
+        """The device address of the chunk's first byte."""
+        return self._mapping.address + chunk * self.chunk_bytes
+
+    def close(self) -> None:
+        """Gives the memory back. Nothing may be reading it."""
+        self._mapping.close()
+        os.close(self.fd)
+
+
+class CudaRingTarget:
+    """The loader's end: copies on a stream of its own, in the device's primary context.
+
+    ``write`` and ``synchronize`` may be called on any one thread at a time.
+    """
+
+    def __init__(self, fd: int, grant: RingGrant, device: int = 0) -> None:
+        checked(driver.cuInit, 0)
+        self._device = checked(driver.cuDeviceGet, device)
+        self._context = checked(driver.cuDevicePrimaryCtxRetain, self._device)
+        checked(driver.cuCtxSetCurrent, self._context)
+        self.num_chunks = grant.num_chunks
+        self.chunk_bytes = grant.chunk_bytes
+        properties = _allocation_properties(device)
+        num_bytes = _mapped_bytes(properties, grant.num_chunks * grant.chunk_bytes)
+        handle = checked(driver.cuMemImportFromShareableHandle, fd, _FD)
+        os.close(fd)
+        self._mapping = _Mapping(handle, num_bytes, device)
+        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        self._stream = checked(driver.cuStreamCreate, flags)
+        event_flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        self._events = [checked(driver.cuEventCreate, event_flags) for _ in range(self.num_chunks)]
+
+    def write(self, chunk: int, offset: int, source: memoryview) -> None:
+        """Enqueues the copy and the event that ``synchronize`` waits for."""
+        checked(driver.cuCtxSetCurrent, self._context)
+        target = self._mapping.address + chunk * self.chunk_bytes + offset
+        address = _address_of(source)
+        checked(driver.cuMemcpyHtoDAsync, target, address, source.nbytes, self._stream)
+        checked(driver.cuEventRecord, self._events[chunk], self._stream)
+
+    def synchronize(self, chunk: int) -> None:
+        checked(driver.cuCtxSetCurrent, self._context)
+        checked(driver.cuEventSynchronize, self._events[chunk])
+
+    def close(self) -> None:
+        checked(driver.cuCtxSetCurrent, self._context)
+        checked(driver.cuStreamSynchronize, self._stream)
+        for event in self._events:
+            checked(driver.cuEventDestroy, event)
+        checked(driver.cuStreamDestroy, self._stream)
+        self._mapping.close()
+        checked(driver.cuDevicePrimaryCtxRelease, self._device)
+
+
+def _allocation_properties(device: int) -> Any:
+    properties = driver.CUmemAllocationProp()
+    properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    properties.location.id = device
+    properties.requestedHandleTypes = _FD
+    return properties
+
+
+def _mapped_bytes(properties: Any, num_bytes: int) -> int:
+    """``num_bytes`` rounded up to what the device can map (2 MiB)."""
+    granularity = checked(
+        driver.cuMemGetAllocationGranularity,
+        properties,
+        driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
+    )
+    return int(-(-num_bytes // granularity) * granularity)
+
+
+def _address_of(source: memoryview) -> int:
+    """Where the bytes lie; the buffer must be writable (an arena's always is)."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(source))

@@ -1,0 +1,497 @@
+"""Every message that crosses a process.
+
+Three conversations, each with one tagged union per direction:
+
+| conversation      | there                | back                 | socket            |
+|-------------------|----------------------|----------------------|-------------------|
+| client ↔ engine   | ``ClientMessage``    | ``EngineMessage``    | ZMQ DEALER/ROUTER |
+| engine ↔ loader   | ``EngineToLoader``   | ``LoaderToEngine``   | ZMQ ROUTER/DEALER |
+| handover          | ``HandoverMessage``  |                      | Unix SEQPACKET    |
+
+Adapter bytes never travel in a message: they lie in the staging ring, and a message says where.
+"""
+
+from enum import Enum
+from typing import NewType
+
+import msgspec
+
+from ipc.base_model import BaseModel
+from ipc.errors import ErrorInfo
+from ipc.image import AdapterModule
+
+RequestId = NewType("RequestId", str)
+CallId = NewType("CallId", int)
+AdapterId = NewType("AdapterId", int)
+"""One registration of one adapter; never used again, also not after a restart."""
+LoadId = NewType("LoadId", int)
+Epoch = NewType("Epoch", int)
+
+
+# --- Client ↔ engine ---------------------------------------------------------------------------
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a request's tokens are chosen.
+
+    ``max_tokens`` None means as many as the model's length allows; ``temperature`` 0 is greedy;
+    ``top_k`` 0 and ``top_p`` 1 switch these filters off. ``seed`` makes the tokens a function of
+    the prompt and the seed alone, whatever else runs in the batch. ``logprobs`` is the number of
+    alternatives to report beside the chosen token, None for no logprobs at all.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+class FinishReason(Enum):
+    """Why a request has no more tokens. A stop *string* is the text side's affair."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms, of the model's own distribution before temperature and filters.
+
+    ``top`` holds ``(token_id, logprob)`` in falling order.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Connect(msgspec.Struct, frozen=True, tag="connect"):
+    """The first message of a client; answered with ``Welcome``."""
+
+    call_id: CallId
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Ask for tokens. ``adapter`` None is the base model. Answered by ``TokenDelta`` s."""
+
+    request_id: RequestId
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter: str | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """No more tokens are wanted. There is no answer: late tokens are to be dropped."""
+
+    request_id: RequestId
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """Register an adapter; answered with ``Registered``. ``replace`` puts it in another's place."""
+
+    call_id: CallId
+    name: str
+    path: str
+    pinned: bool = False
+    replace: bool = False
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
+    """Forget an adapter; answered with ``Unregistered``. Accepted requests are still served."""
+
+    call_id: CallId
+    name: str
+
+
+class ListAdapters(msgspec.Struct, frozen=True, tag="list_adapters"):
+    """Answered with ``AdapterList``."""
+
+    call_id: CallId
+
+
+class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
+    """Answered with ``EngineStats``."""
+
+    call_id: CallId
+
+
+ClientMessage = Connect | Generate | Cancel | LoadAdapter | UnloadAdapter | ListAdapters | GetStats
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """Who the engine is. ``eos_token_ids`` and lengths are the model's own."""
+
+    call_id: CallId
+    engine_epoch: Epoch
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int
+    eos_token_ids: tuple[int, ...]
+
+
+class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one step adds to one request.
+
+    The delta that carries ``finish_reason`` or ``error`` is the request's last, and there is
+    exactly one such. ``num_cached_tokens`` (of the prompt) is set in the first delta.
+    """
+
+    request_id: RequestId
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    error: ErrorInfo | None = None
+    num_cached_tokens: int = 0
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag="step_outputs"):
+    """All that one engine step has for one client."""
+
+    deltas: list[TokenDelta]
+
+
+class Registered(msgspec.Struct, frozen=True, tag="registered"):
+    """The adapter may be asked for from now on."""
+
+    call_id: CallId
+    adapter: "AdapterStatus"
+
+
+class Unregistered(msgspec.Struct, frozen=True, tag="unregistered"):
+    """No later request finds the adapter."""
+
+    call_id: CallId
+    name: str
+
+
+class Residency(Enum):
+    """The fastest tier that holds all of an adapter."""
+
+    DISK = "disk"
+    HOST = "host"
+    LOADING = "loading"
+    GPU = "gpu"
+
+
+class AdapterStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One registered adapter. ``image_bytes`` and ``max_rank`` are 0 until it was inspected."""
+
+    name: str
+    path: str
+    adapter_id: AdapterId
+    pinned: bool
+    residency: Residency
+    image_bytes: int = 0
+    max_rank: int = 0
+    created_s: int = 0
+
+
+class AdapterList(msgspec.Struct, frozen=True, tag="adapter_list"):
+    """Registered adapters in order of name; then the names of the adapter folder not yet used."""
+
+    call_id: CallId
+    adapters: list[AdapterStatus]
+    folder_names: list[str]
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag="engine_stats"):
+    """Counters since the engine's start and gauges of now."""
+
+    call_id: CallId
+    engine_epoch: Epoch
+    loader_connected: bool
+    num_running: int
+    num_waiting: int
+    num_waiting_for_adapter: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    prompt_tokens_total: int
+    cached_prompt_tokens_total: int
+    generation_tokens_total: int
+    steps_total: int
+    preemptions_total: int
+    pool_bytes_total: int
+    pool_bytes_used: int
+    adapters_resident: int
+    adapter_loads_total: int
+    adapter_load_failures_total: int
+    adapter_load_seconds_total: float
+    adapter_bytes_loaded_total: int
+    adapter_evictions_total: int
+    stale_chunks_total: int
+
+
+class CallFailed(msgspec.Struct, frozen=True, tag="call_failed"):
+    """The answer to any call that could not be carried out."""
+
+    call_id: CallId
+    error: ErrorInfo
+
+
+EngineMessage = (
+    Welcome | StepOutputs | Registered | Unregistered | AdapterList | EngineStats | CallFailed
+)
+
+
+# --- Engine ↔ loader ---------------------------------------------------------------------------
+
+
+class FileIdentity(msgspec.Struct, frozen=True, array_like=True):
+    """What ``fstat`` says of a file; any rewrite changes it."""
+
+    name: str
+    device: int
+    inode: int
+    num_bytes: int
+    mtime_ns: int
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """Which bytes an adapter is made of.
+
+    ``counter`` is the registration's ``AdapterId``; ``digest`` is over the configuration and the
+    tensor headers.
+    """
+
+    counter: AdapterId
+    files: tuple[FileIdentity, ...]
+    digest: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """All that the engine needs to know of an inspected adapter.
+
+    ``path`` is absolute and free of symbolic links; ``image_bytes`` is the size of the layout
+    that ``layout_image`` gives for ``modules``.
+    """
+
+    path: str
+    generation: Generation
+    format: str
+    modules: tuple[AdapterModule, ...]
+    max_rank: int
+    image_bytes: int
+    file_bytes: int
+
+
+class AdapterSource(msgspec.Struct, frozen=True):
+    """Enough for any loader, also a new one, to find and verify an adapter's bytes."""
+
+    path: str
+    generation: Generation
+
+
+class EngineHello(msgspec.Struct, frozen=True, tag="engine_hello"):
+    """The engine's half of the handshake: what adapters have to fit."""
+
+    base: BaseModel
+    max_lora_rank: int
+
+
+class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
+    """Read an adapter's configuration and headers; answered with ``Inspected`` or its failure."""
+
+    call_id: CallId
+    adapter_id: AdapterId
+    path: str
+
+
+class InspectFolder(msgspec.Struct, frozen=True, tag="inspect_folder"):
+    """As ``Inspect``, for the subfolder ``name`` of ``--lora-dir``."""
+
+    call_id: CallId
+    adapter_id: AdapterId
+    name: str
+
+
+class ListFolder(msgspec.Struct, frozen=True, tag="list_folder"):
+    """Which subfolders ``--lora-dir`` has; answered with ``FolderNames``."""
+
+    call_id: CallId
+
+
+class Warm(msgspec.Struct, frozen=True, tag="warm"):
+    """Bring these into the host tier; the whole list, most urgent first, replaces the last one."""
+
+    sources: list[AdapterSource]
+
+
+class Stage(msgspec.Struct, frozen=True, tag="stage"):
+    """Stream an image through the ring: its slot is reserved. Loads go in order of arrival."""
+
+    load_id: LoadId
+    source: AdapterSource
+
+
+class CancelLoad(msgspec.Struct, frozen=True, tag="cancel_load"):
+    """Stop a load. Chunks already announced are still released one by one."""
+
+    load_id: LoadId
+
+
+class ChunkReleased(msgspec.Struct, frozen=True, tag="chunk_released"):
+    """The engine has copied the chunk, or wants none of it; it may be filled again."""
+
+    chunk: int
+
+
+class Forget(msgspec.Struct, frozen=True, tag="forget"):
+    """The adapter will not be asked for again: its image may leave the host tier."""
+
+    adapter_id: AdapterId
+
+
+EngineToLoader = (
+    EngineHello
+    | Inspect
+    | InspectFolder
+    | ListFolder
+    | Warm
+    | Stage
+    | CancelLoad
+    | ChunkReleased
+    | Forget
+)
+
+
+class LoaderHello(msgspec.Struct, frozen=True, tag="loader_hello"):
+    """The loader's half: its first message; it has mapped the ring of this engine epoch."""
+
+    host_tier_bytes: int
+
+
+class Inspected(msgspec.Struct, frozen=True, tag="inspected"):
+    """The answer to ``Inspect`` and ``InspectFolder``."""
+
+    call_id: CallId
+    manifest: Manifest
+
+
+class FolderNames(msgspec.Struct, frozen=True, tag="folder_names"):
+    """The answer to ``ListFolder``, sorted; empty without ``--lora-dir``."""
+
+    call_id: CallId
+    names: list[str]
+
+
+class LoaderCallFailed(msgspec.Struct, frozen=True, tag="loader_call_failed"):
+    """The answer to an ``Inspect``, ``InspectFolder`` or ``ListFolder`` that failed."""
+
+    call_id: CallId
+    error: ErrorInfo
+
+
+class ChunkReady(msgspec.Struct, frozen=True, tag="chunk_ready"):
+    """``[image_offset, image_offset + num_bytes)`` of a load's image lies in the ring.
+
+    A load's chunks come in order of their offsets, without gaps. The one that reaches the
+    image's end was sent only after the files were found unchanged behind the last read.
+    """
+
+    load_id: LoadId
+    chunk: int
+    image_offset: int
+    num_bytes: int
+
+
+class LoadTiming(msgspec.Struct, frozen=True):
+    """Where a load's time went, in seconds on the loader's monotonic clock."""
+
+    queue_s: float
+    read_s: float
+    stage_s: float
+    from_host_tier: bool
+
+
+class LoadSent(msgspec.Struct, frozen=True, tag="load_sent"):
+    """Follows a load's last ``ChunkReady``."""
+
+    load_id: LoadId
+    timing: LoadTiming
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
+    """No further chunk of this load will come."""
+
+    load_id: LoadId
+    error: ErrorInfo
+
+
+class HostTierChanged(msgspec.Struct, frozen=True, tag="host_tier_changed"):
+    """Which images entered and left the host tier since the last such message."""
+
+    added: list[AdapterId]
+    removed: list[AdapterId]
+    used_bytes: int
+
+
+LoaderToEngine = (
+    LoaderHello
+    | Inspected
+    | FolderNames
+    | LoaderCallFailed
+    | ChunkReady
+    | LoadSent
+    | LoadFailed
+    | HostTierChanged
+)
+
+
+class FromEngine(msgspec.Struct, frozen=True, array_like=True):
+    """The envelope: a loader drops what is not meant for its own pair of epochs."""
+
+    engine_epoch: Epoch
+    loader_epoch: Epoch
+    body: EngineToLoader
+
+
+class FromLoader(msgspec.Struct, frozen=True, array_like=True):
+    """The envelope: an engine drops what comes from another pair of epochs."""
+
+    engine_epoch: Epoch
+    loader_epoch: Epoch
+    body: LoaderToEngine
+
+
+# --- Handover of descriptors -------------------------------------------------------------------
+
+
+class LoaderProcess(msgspec.Struct, frozen=True, tag="loader_process"):
+    """From the supervisor, with the loader's pidfd: who may write into the ring from now on."""
+
+    loader_epoch: Epoch
+
+
+class RingRequest(msgspec.Struct, frozen=True, tag="ring_request"):
+    """From the loader. The connection stays open: its end is the engine's end."""
+
+    loader_epoch: Epoch
+
+
+class RingKind(Enum):
+    """What kind of memory the descriptor of a ``RingGrant`` names."""
+
+    HOST = "host"
+    CUDA = "cuda"
+
+
+class RingGrant(msgspec.Struct, frozen=True, tag="ring_grant"):
+    """To the loader, with the ring's descriptor. Every chunk is free."""
+
+    engine_epoch: Epoch
+    kind: RingKind
+    num_chunks: int
+    chunk_bytes: int
+
+
+HandoverMessage = LoaderProcess | RingRequest | RingGrant
