@@ -1,0 +1,35 @@
+"""The frontend's configuration, as the supervisor hands it over. Defaults live here alone."""
+
+import msgspec
+
+MiB = 1 << 20
+
+
+class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Units are in the names. ``model`` is the folder whose tokenizer and template are read.
+
+    The engine's endpoint is not here: every process derives it from the run folder.
+    """
+
+    model: str
+    served_model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    chat_template: str | None = None
+
+    max_body_bytes: int = 32 * MiB
+    max_choices_per_prompt: int = 128
+    max_choices_per_request: int = 1024
+    max_stop_strings: int = 32
+    max_stop_string_chars: int = 1024
+    max_pending_deltas: int = 16_384
+
+    connect_timeout_s: float = 300.0
+    handshake_timeout_s: float = 5.0
+    call_timeout_s: float = 10.0
+    load_adapter_timeout_s: float = 120.0
+    health_timeout_s: float = 5.0
+    token_timeout_s: float = 600.0
+    body_timeout_s: float = 60.0
+    write_timeout_s: float = 60.0
+    drain_s: float = 10.0

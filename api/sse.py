@@ -1,0 +1,159 @@
+"""Answers a request while its client listens: at once, or as server-sent events."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.answers import AnswerWriter, join
+from api.error_responses import ErrorEnvelope, error_body
+from api.generation import Piece
+from ipc.errors import Cancelled, Internal, SidestreamError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """What ``work`` returns; it is cancelled in the moment the client goes.
+
+    The request's body has been read: the next thing that ``receive`` has to say is the end.
+
+    Raises:
+        Cancelled: the client has gone.
+    """
+    working, watching = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Cancelled("the client has gone")
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.wait((working, watching))
+
+
+async def answer_whole(
+    request: Request, pieces: AsyncGenerator[Piece, None], writer: AnswerWriter
+) -> Response:
+    """The response once every choice has ended. Raises what ``pieces`` raises."""
+    by_choice = await while_connected(request.receive, _collect(pieces))
+    joined = [join(by_choice[index]) for index in sorted(by_choice)]
+    return json_response(writer.whole(joined))
+
+
+async def answer_streamed(
+    request: Request,
+    pieces: AsyncGenerator[Piece, None],
+    writer: AnswerWriter,
+    *,
+    include_usage: bool,
+    write_timeout_s: float,
+) -> Response:
+    """A response that begins with the first piece: an error before it still has its status."""
+    events = _events(pieces, writer, include_usage)
+    first = await while_connected(request.receive, _next(events))
+    return EventStream(first, events, write_timeout_s)
+
+
+def json_response(body: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+class EventStream(Response):
+    """Sends events as they come; stops asking for them when the client is gone or stands still."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, first: bytes, rest: AsyncGenerator[bytes, None], write_timeout_s: float
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        # The length of what is to come is unknown.
+        del self.headers["content-length"]
+        self._first = first
+        self._rest = rest
+        self._write_timeout_s = write_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._rest):
+            try:
+                await while_connected(receive, self._send_all(send))
+            except Cancelled:
+                logger.debug("a client left its stream")
+            except TimeoutError:
+                logger.info("a client took nothing for %g s: dropped", self._write_timeout_s)
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await self._send(send, start)
+        await self._send(send, _body(self._first))
+        async for event in self._rest:
+            await self._send(send, _body(event))
+        await self._send(send, _body(b"", more=False))
+
+    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+        async with asyncio.timeout(self._write_timeout_s):
+            await send(message)
+
+
+async def _events(
+    pieces: AsyncGenerator[Piece, None], writer: AnswerWriter, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    begun = False
+    async with contextlib.aclosing(pieces):
+        try:
+            async for piece in pieces:
+                event = _event(writer.chunk(piece))
+                begun = True
+                yield event
+        except SidestreamError as error:
+            if not begun:
+                raise
+            yield _event(ErrorEnvelope(error_body(error)))
+            return
+        except Exception:
+            if not begun:
+                raise
+            # The status has been sent: all that is left is to say it in the stream.
+            logger.exception("a stream broke")
+            yield _event(ErrorEnvelope(error_body(Internal("the server has made a mistake"))))
+            return
+    if include_usage:
+        yield _event(writer.usage_chunk())
+    yield DONE
+
+
+def _event(body: msgspec.Struct) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+def _body(body: bytes, *, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": more}
+
+
+async def _collect(pieces: AsyncGenerator[Piece, None]) -> dict[int, list[Piece]]:
+    by_choice: dict[int, list[Piece]] = {}
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            by_choice.setdefault(piece.index, []).append(piece)
+    return by_choice
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

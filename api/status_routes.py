@@ -1,0 +1,75 @@
+"""How the server is: for load balancers, for Prometheus, for people."""
+
+import logging
+
+import msgspec
+import prometheus_client
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.config import ApiConfig
+from api.engine_client import EngineClient
+from api.metrics import RequestMetrics
+from api.scrape import Scrape
+from api.sse import json_response
+from ipc.errors import SidestreamError
+from ipc.messages import AdapterStatus, EngineStats
+
+logger = logging.getLogger(__name__)
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """``reason`` says what a request would lack."""
+
+    ready: bool
+    reason: str | None
+
+
+class StatusRoutes:
+    """Answers from what the engine says now, within ``health_timeout_s``."""
+
+    def __init__(self, config: ApiConfig, engine: EngineClient, metrics: RequestMetrics) -> None:
+        self._config = config
+        self._engine = engine
+        self._metrics = metrics
+
+    async def health(self, request: Request) -> Response:
+        """``GET /health``: 200 while the engine answers, between two of its steps; else 503."""
+        try:
+            await self._stats()
+        except SidestreamError as error:
+            logger.info("not healthy: %s", error)
+            return Response(status_code=503)
+        return Response(status_code=200)
+
+    async def ready(self, request: Request) -> Response:
+        """``GET /ready``: 200 when any adapter can be asked for; else 503 with the reason."""
+        try:
+            stats = await self._stats()
+        except SidestreamError as error:
+            return _not_ready(error.message)
+        if not stats.loader_connected:
+            return _not_ready("the loader is away: adapters that are not resident have to wait")
+        return json_response(Readiness(True, None))
+
+    async def metrics(self, request: Request) -> Response:
+        """``GET /metrics``: what the frontend counts itself is there also without an engine."""
+        stats: EngineStats | None = None
+        adapters: list[AdapterStatus] = []
+        try:
+            stats = await self._stats()
+            adapters = (await self._engine.list_adapters(with_folder=False)).adapters
+        except SidestreamError as error:
+            logger.info("the engine's figures are missing: %s", error)
+        scrape = Scrape(self._metrics, self._config.served_model_name, stats, adapters)
+        text = prometheus_client.generate_latest(scrape)
+        return Response(text, headers={"content-type": prometheus_client.CONTENT_TYPE_LATEST})
+
+    async def _stats(self) -> EngineStats:
+        return await self._engine.stats(self._config.health_timeout_s)
+
+
+def _not_ready(reason: str) -> Response:
+    response = json_response(Readiness(False, reason))
+    response.status_code = 503
+    return response

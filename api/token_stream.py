@@ -1,0 +1,141 @@
+"""The tokens of one HTTP request, which may be several requests of the engine's."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from ipc.errors import DeadlineExceeded, Overloaded, SidestreamError, error_from_info
+from ipc.messages import RequestId, TokenDelta
+
+
+class TokenStream:
+    """Yields ``(index, delta)`` in order of arrival until every request of ``ids`` has ended.
+
+    ``index`` is a request's place in ``ids``. One failed request fails the whole stream. Leaving
+    the ``async with`` block cancels in the engine whatever has not ended by then.
+
+    ``forget(id, cancel)`` is called once for every request, when it has ended for this side;
+    ``cancel`` says that the engine has yet to be told.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[RequestId],
+        forget: Callable[[RequestId, bool], None],
+        max_pending: int,
+        token_timeout_s: float,
+    ) -> None:
+        self._index = {request_id: index for index, request_id in enumerate(ids)}
+        self._ids = tuple(ids)
+        self._forget = forget
+        self._max_pending = max_pending
+        self._token_timeout_s = token_timeout_s
+        self._open = set(ids)
+        self._stopped: set[int] = set()
+        self._pending: deque[tuple[int, TokenDelta]] = deque()
+        self._error: SidestreamError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # --- The engine client's side -----------------------------------------------------------
+
+    def push(self, delta: TokenDelta) -> None:
+        """Takes what one step has for one of the requests. Never blocks.
+
+        A reader that lets ``max_pending`` deltas pile up loses the whole stream: memory stays
+        bounded, and the engine stops working for it.
+        """
+        request_id = delta.request_id
+        if request_id not in self._open:
+            return
+        if delta.error is not None:
+            self._end(request_id, cancel=False)
+            self.fail(error_from_info(delta.error))
+            return
+        if len(self._pending) >= self._max_pending:
+            self.fail(
+                Overloaded(
+                    f"the client reads too slowly: {len(self._pending)} undelivered steps,"
+                    f" expected fewer than {self._max_pending}"
+                )
+            )
+            return
+        if delta.finish_reason is not None:
+            self._end(request_id, cancel=False)
+        self._pending.append((self._index[request_id], delta))
+        self._wake()
+
+    def fail(self, error: SidestreamError, *, cancel: bool = True) -> None:
+        """Ends the stream: the reader gets ``error`` at once, pending deltas are dropped.
+
+        ``cancel`` False spares the engine the cancellations: it is not there to hear them.
+        """
+        if self._error is None:
+            self._error = error
+        self._pending.clear()
+        for request_id in tuple(self._open):
+            self._end(request_id, cancel=cancel)
+        self._wake()
+
+    # --- The reader's side ------------------------------------------------------------------
+
+    def stop(self, index: int) -> None:
+        """Wants no more of one request: cancels it, and drops what is still on its way."""
+        self._stopped.add(index)
+        if self._ids[index] in self._open:
+            self._end(self._ids[index], cancel=True)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, TokenDelta]:
+        """The next delta.
+
+        Raises:
+            DeadlineExceeded: ``token_timeout_s`` went by without one.
+            SidestreamError: what the engine answered to one of the requests, or ``Unavailable``
+                when the engine is gone.
+        """
+        while True:
+            while self._pending:
+                index, delta = self._pending.popleft()
+                if index not in self._stopped:
+                    return index, delta
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                raise StopAsyncIteration
+            await self._wait()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for request_id in tuple(self._open):
+            self._end(request_id, cancel=True)
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._token_timeout_s):
+                await self._waiter
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the engine sent no token within {self._token_timeout_s:g} s"
+            ) from None
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _end(self, request_id: RequestId, *, cancel: bool) -> None:
+        self._open.discard(request_id)
+        self._forget(request_id, cancel)

@@ -1,0 +1,187 @@
+"""An engine without a model: a real ROUTER that answers by script."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any, assert_never
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ipc.channel import RouterChannel, open_socket
+from ipc.errors import AdapterConflict, AdapterNotFound, SidestreamError
+from ipc.messages import (
+    AdapterId,
+    AdapterList,
+    AdapterStatus,
+    CallFailed,
+    CallId,
+    Cancel,
+    ClientMessage,
+    Connect,
+    EngineMessage,
+    EngineStats,
+    Epoch,
+    FinishReason,
+    Generate,
+    GetStats,
+    ListAdapters,
+    LoadAdapter,
+    Registered,
+    RequestId,
+    Residency,
+    StepOutputs,
+    TokenDelta,
+    UnloadAdapter,
+    Unregistered,
+    Welcome,
+)
+from tools.tiny_model.tokenizer import EOS_ID, VOCAB_SIZE
+
+MAX_MODEL_LEN = 256
+MAX_LOGPROBS = 20
+
+Script = Callable[[Generate], Iterable[TokenDelta]]
+
+
+def says(text: str, *, step: int = 1, cached: int = 0) -> Script:
+    """Answers ``text`` to everything, ``step`` of its bytes at a time, then the end of text."""
+
+    def script(request: Generate) -> Iterable[TokenDelta]:
+        tokens = [*text.encode(), EOS_ID]
+        for start in range(0, len(tokens), step):
+            part = tokens[start : start + step]
+            last = start + step >= len(tokens)
+            yield TokenDelta(
+                request.request_id,
+                part,
+                finish_reason=FinishReason.STOP if last else None,
+                num_cached_tokens=0 if start else cached,
+            )
+
+    return script
+
+
+def fails(error: SidestreamError) -> Script:
+    """Refuses everything."""
+    return lambda request: [TokenDelta(request.request_id, error=error.info)]
+
+
+def waits(request: Generate) -> Iterable[TokenDelta]:
+    """Says nothing: the test itself sends what is to come."""
+    return []
+
+
+class FakeEngine:
+    """Serves at ``endpoint`` between ``start`` and ``stop``; writes down what it was asked."""
+
+    def __init__(self, endpoint: str, script: Script) -> None:
+        self.script = script
+        self.epoch = 0
+        self.requests: list[Generate] = []
+        self.cancelled: list[RequestId] = []
+        self.calls: list[ClientMessage] = []
+        self.adapters: dict[str, AdapterStatus] = {}
+        self.is_deaf = False
+        self.loader_connected = True
+        self._endpoint = endpoint
+        self._clients: dict[RequestId, bytes] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._channel: RouterChannel[EngineMessage, ClientMessage] | None = None
+        self._context = zmq.asyncio.Context()
+
+    def start(self) -> None:
+        self.epoch += 1
+        socket = open_socket(self._context, zmq.ROUTER)
+        socket.bind(self._endpoint)
+        self._channel = RouterChannel(socket, ClientMessage)
+        self._task = asyncio.create_task(self._run(self._channel))
+
+    async def stop(self) -> None:
+        """Dies: connections are cut, nothing that was queued is sent."""
+        if self._task is not None and self._channel is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._channel.close()
+            self._task = None
+
+    async def close(self) -> None:
+        await self.stop()
+        self._context.destroy(linger=0)
+
+    def send(self, delta: TokenDelta) -> None:
+        """One step's tokens for one request."""
+        assert self._channel is not None
+        self._channel.send(self._clients[delta.request_id], StepOutputs([delta]))
+
+    async def _run(self, channel: RouterChannel[EngineMessage, ClientMessage]) -> None:
+        while True:
+            client, message = await channel.receive()
+            match message:
+                case Generate():
+                    self.requests.append(message)
+                    self._clients[message.request_id] = client
+                    for delta in self.script(message):
+                        self.send(delta)
+                case Cancel(request_id):
+                    self.cancelled.append(request_id)
+                case _:
+                    self.calls.append(message)
+                    if not self.is_deaf:
+                        channel.send(client, self._answer(message))
+
+    def _answer(
+        self, message: Connect | LoadAdapter | UnloadAdapter | ListAdapters | GetStats
+    ) -> EngineMessage:
+        try:
+            match message:
+                case Connect(call_id):
+                    return Welcome(
+                        call_id,
+                        Epoch(self.epoch),
+                        "LlamaForCausalLM",
+                        VOCAB_SIZE,
+                        MAX_MODEL_LEN,
+                        MAX_LOGPROBS,
+                        (EOS_ID,),
+                    )
+                case LoadAdapter():
+                    return Registered(message.call_id, self._load(message))
+                case UnloadAdapter(call_id, name):
+                    if self.adapters.pop(name, None) is None:
+                        raise AdapterNotFound(f"no adapter is called {name!r}", param="name")
+                    return Unregistered(call_id, name)
+                case ListAdapters(call_id):
+                    return AdapterList(call_id, list(self.adapters.values()), [])
+                case GetStats(call_id):
+                    return self._stats(call_id)
+                case _:
+                    assert_never(message)
+        except SidestreamError as error:
+            return CallFailed(message.call_id, error.info)
+
+    def _load(self, call: LoadAdapter) -> AdapterStatus:
+        if call.name in self.adapters and not call.replace:
+            raise AdapterConflict(f"the name {call.name!r} is taken", param="name")
+        adapter_id = AdapterId(len(self.adapters))
+        status = AdapterStatus(
+            call.name, call.path, adapter_id, call.pinned, Residency.HOST, 1000, 8, 1_700_000_000
+        )
+        self.adapters[call.name] = status
+        return status
+
+    def _stats(self, call_id: CallId) -> EngineStats:
+        counters = {field.name: 0 for field in msgspec.structs.fields(EngineStats)}
+        figures: dict[str, Any] = {
+            "call_id": call_id,
+            "engine_epoch": self.epoch,
+            "loader_connected": self.loader_connected,
+            "num_running": 3,
+            "kv_blocks_total": 8,
+            "kv_blocks_used": 2,
+            "pool_bytes_total": 4500,
+            "adapter_load_seconds_total": 1.5,
+        }
+        return EngineStats(**counters | figures)

@@ -1,0 +1,151 @@
+"""``/v1/chat/completions``, whole and streamed."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from api.chat_template import ChatTemplate
+from ipc.messages import FinishReason, Generate, TokenDelta, TokenLogprobs
+from tests.api.fake_engine import says
+from tests.api.frontend import error, events, frontend, on_loop
+from tools.tiny_model.tokenizer import BOS_ID, EOS_ID
+
+
+@on_loop
+async def test_an_answer_is_a_message_with_its_usage() -> None:
+    async with frontend(says("Hällo")) as front:
+        body = (await front.chat("Hi")).json()
+        assert front.engine.requests[0].prompt_token_ids == [BOS_ID, 72, 105]
+    assert body["object"] == "chat.completion"
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hällo", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ]
+    assert body["usage"]["total_tokens"] == 3 + 7
+
+
+@on_loop
+async def test_a_stream_names_the_role_first_and_once_a_choice() -> None:
+    async with frontend(says("ok")) as front:
+        chunks = events(await front.chat(stream=True, n=2))
+    for index in range(2):
+        deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"][0]["index"] == index]
+        assert [delta.get("role") for delta in deltas] == ["assistant", None, None]
+        assert "".join(delta["content"] for delta in deltas) == "ok"
+
+
+@on_loop
+async def test_text_parts_are_joined_by_line_breaks() -> None:
+    async with frontend() as front:
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        assert (await front.chat(parts)).status_code == 200
+        assert front.engine.requests[0].prompt_token_ids == [BOS_ID, *b"a\nb"]
+
+
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        (None, "messages[0].content"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "messages[0].content[0].type"),
+        ([{"type": "text"}], "messages[0].content[0].text"),
+        (3, "messages[0].content"),
+    ],
+)
+@on_loop
+async def test_other_content_than_text_is_refused_by_its_place(content: object, param: str) -> None:
+    async with frontend() as front:
+        assert error(await front.chat(content), 400)["param"] == param
+
+
+@on_loop
+async def test_roles_of_tools_are_refused() -> None:
+    async with frontend() as front:
+        messages = [{"role": "tool", "content": "x", "tool_call_id": "1"}]
+        response = await front.post("/v1/chat/completions", model="base", messages=messages)
+        assert error(response, 400)["param"] == "messages[0].role"
+        messages = [{"role": "assistant", "content": "x", "tool_calls": [{}]}]  # type: ignore[dict-item]
+        response = await front.post("/v1/chat/completions", model="base", messages=messages)
+        assert error(response, 400)["param"] == "messages[0].tool_calls"
+
+
+@on_loop
+async def test_max_completion_tokens_goes_before_max_tokens() -> None:
+    async with frontend() as front:
+        await front.chat(max_tokens=5, max_completion_tokens=6)
+        await front.chat(max_tokens=5)
+        await front.chat()
+        limits = [request.sampling.max_tokens for request in front.engine.requests]
+    assert limits == [6, 5, None]
+
+
+@on_loop
+async def test_logprobs_have_bytes_and_top_logprobs() -> None:
+    def script(request: Generate) -> Iterable[TokenDelta]:
+        logprobs = [
+            TokenLogprobs(0xC3, -0.5, ((0xC3, -0.5), (98, -1.5))),
+            TokenLogprobs(0xA4, -1.0, ((97, float("-inf")),)),
+        ]
+        reason = FinishReason.LENGTH
+        return [TokenDelta(request.request_id, [0xC3, 0xA4], logprobs, finish_reason=reason)]
+
+    async with frontend(script) as front:
+        body = (await front.chat(logprobs=True, top_logprobs=2)).json()
+        assert front.engine.requests[0].sampling.logprobs == 2
+    assert body["choices"][0]["message"]["content"] == "ä"
+    assert body["choices"][0]["logprobs"]["content"] == [
+        {
+            "token": "�",
+            "logprob": -0.5,
+            "bytes": [0xC3],
+            "top_logprobs": [
+                {"token": "�", "logprob": -0.5, "bytes": [0xC3]},
+                {"token": "b", "logprob": -1.5, "bytes": [98]},
+            ],
+        },
+        {
+            "token": "�",
+            "logprob": -1.0,
+            "bytes": [0xA4],
+            "top_logprobs": [{"token": "a", "logprob": -9999.0, "bytes": [97]}],
+        },
+    ]
+
+
+@on_loop
+async def test_token_ids_are_returned_when_asked_for() -> None:
+    async with frontend(says("k")) as front:
+        body = (await front.chat("x", return_token_ids=True)).json()
+        chunks = events(await front.chat("x", return_token_ids=True, stream=True))
+    assert body["prompt_token_ids"] == [BOS_ID, 120]
+    assert body["choices"][0]["token_ids"] == [107, EOS_ID]
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [[BOS_ID, 120], None]
+
+
+@on_loop
+async def test_template_variables_reach_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate("{{ mood }}{{ 'G' if add_generation_prompt }}", {})
+    monkeypatch.setattr(ChatTemplate, "from_folder", lambda *_: template)
+    async with frontend() as front:
+        variables = {"mood": "m"}
+        await front.chat(chat_template_kwargs=variables)
+        await front.chat(chat_template_kwargs=variables, add_generation_prompt=False)
+        prompts = [bytes(request.prompt_token_ids) for request in front.engine.requests]
+    assert prompts == [b"mG", b"m"]
+
+
+@on_loop
+async def test_without_a_tokenizer_chats_are_refused() -> None:
+    async with frontend(tokenizer=False) as front:
+        assert "tokenizer.json" in error(await front.chat(), 400)["message"]
+
+
+@on_loop
+async def test_without_a_template_chats_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChatTemplate, "from_folder", lambda *_: None)
+    async with frontend() as front:
+        assert "no chat template" in error(await front.chat(), 400)["message"]
