@@ -1,0 +1,128 @@
+"""Which load begins next, what is evicted for it, and how long anyone waits for one."""
+
+from collections.abc import Mapping
+
+from engine.adapter_slots import AdapterSlots, AdapterState, PooledAdapter
+from engine.residency import RETRY_AFTER_S, AdapterResidency
+from ipc.errors import Overloaded, Unavailable
+from ipc.messages import AdapterId
+
+MAX_WARM = 64
+"""Adapters beyond those being loaded that the loader is told of."""
+
+
+class AdapterDemand:
+    """Turns the order in which adapters are waited for into loads and evictions.
+
+    Any number of loads may be in flight: the pool's room bounds them, and the loader takes them
+    in the order of their beginning. Owned by the step thread.
+    """
+
+    def __init__(
+        self, residency: AdapterResidency, slots: AdapterSlots, load_timeout_s: float
+    ) -> None:
+        self._residency = residency
+        self._slots = slots
+        self._load_timeout_s = load_timeout_s
+        self._blocked_since_s: dict[AdapterId, float] = {}
+        self._warm: list[AdapterId] = []
+        self._warmed_loader = 0
+        self._loader_away_since_s: float | None = None
+        # What the last look at the whole queue went by: with hundreds of adapters waiting it
+        # costs as much as the rest of a step, and mostly nothing has changed.
+        self._seen: tuple[tuple[AdapterId, ...], int, int] | None = None
+
+    def blocked_since_s(self, adapter_id: AdapterId) -> float | None:
+        """Since when it has been waited for and found no room; None if it is not."""
+        return self._blocked_since_s.get(adapter_id)
+
+    def meet(self, order: tuple[AdapterId, ...], now_s: float) -> None:
+        """Begins every load that there is room for, in the strict order of the queue.
+
+        ``order`` names the adapters that sequences wait for, in order of the earliest of each.
+        Pinned adapters that nobody waits for yet come last. The loader is asked to warm its host
+        tier for those that find no room. A load that takes longer than ``load_timeout_s``, or a
+        loader that is away for longer, fails the requests that wait for it.
+        """
+        self._fail_late_loads(now_s)
+        if not self._residency.loader_is_connected:
+            self._seen = None
+            self._blocked_since_s = {}
+            self._fail_without_loader(order, now_s)
+            return
+        self._loader_away_since_s = None
+        if self._seen == self._see(order):
+            return
+        blocked = self._begin_loads(order, now_s)
+        self._warm_up(blocked)
+        before = self._blocked_since_s
+        self._blocked_since_s = {adapter: before.get(adapter, now_s) for adapter in blocked}
+        self._seen = self._see(order)
+
+    def _see(self, order: tuple[AdapterId, ...]) -> tuple[tuple[AdapterId, ...], int, int]:
+        return order, self._slots.version, self._residency.num_loaders
+
+    def _begin_loads(self, order: tuple[AdapterId, ...], now_s: float) -> list[AdapterId]:
+        """Returns those that found no room, in order."""
+        blocked: list[AdapterId] = []
+        position = {adapter_id: index for index, adapter_id in enumerate(order)}
+        for adapter_id in order:
+            adapter = self._residency.adapter(adapter_id)
+            if adapter.state is not AdapterState.ABSENT:
+                continue
+            # A later one that would fit must not take what the first is waiting for.
+            if blocked:
+                blocked.append(adapter_id)
+            elif self._find_room(adapter, position):
+                self._residency.begin_load(adapter, now_s)
+            elif self._slots.is_in_vain(adapter):
+                self._residency.fail_requests(adapter, _no_room_beside_pinned(adapter))
+            else:
+                blocked.append(adapter_id)
+        for adapter in self._residency.preloads():
+            if not blocked and self._find_room(adapter, position):
+                self._residency.begin_load(adapter, now_s)
+        return blocked
+
+    def _find_room(self, adapter: PooledAdapter, position: Mapping[AdapterId, int]) -> bool:
+        if self._slots.reserve(adapter):
+            return True
+        for victim in self._slots.victims(adapter, position):
+            self._residency.evict(victim)
+            if self._slots.reserve(adapter):
+                return True
+        return False
+
+    def _warm_up(self, blocked: list[AdapterId]) -> None:
+        if self._warmed_loader != self._residency.num_loaders:
+            self._warmed_loader = self._residency.num_loaders
+            self._warm = []
+        if blocked[:MAX_WARM] != self._warm:
+            self._warm = blocked[:MAX_WARM]
+            self._residency.warm([self._residency.adapter(adapter) for adapter in self._warm])
+
+    def _fail_late_loads(self, now_s: float) -> None:
+        message = f"the adapter was not loaded within {self._load_timeout_s:g} s"
+        for adapter in self._residency.loads():
+            if now_s - adapter.load_began_s > self._load_timeout_s:
+                error = Unavailable(message, retry_after_s=RETRY_AFTER_S)
+                self._residency.fail_load(adapter, error)
+
+    def _fail_without_loader(self, order: tuple[AdapterId, ...], now_s: float) -> None:
+        if self._loader_away_since_s is None:
+            self._loader_away_since_s = now_s
+        if now_s - self._loader_away_since_s <= self._load_timeout_s:
+            return
+        message = f"no loader has been there for {self._load_timeout_s:g} s"
+        for adapter_id in order:
+            adapter = self._residency.adapter(adapter_id)
+            if adapter.state is not AdapterState.RESIDENT:
+                error = Unavailable(message, retry_after_s=RETRY_AFTER_S)
+                self._residency.fail_requests(adapter, error)
+
+
+def _no_room_beside_pinned(adapter: PooledAdapter) -> Overloaded:
+    return Overloaded(
+        f"the adapter's image of {adapter.layout.num_bytes} bytes finds no room in the pool"
+        " beside the pinned adapters (--max-adapter-memory)"
+    )

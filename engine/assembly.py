@@ -1,0 +1,182 @@
+"""Builds an engine from its configuration: every part gets its collaborators here."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+import zmq.asyncio
+
+from engine.adapter_demand import AdapterDemand
+from engine.adapter_slots import AdapterSlots
+from engine.adapters import AdapterDirectory
+from engine.attention import PagedAttention
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.crossings import Crossings
+from engine.device import choose_dtype, open_device
+from engine.kv_cache import KvCache, kv_block_bytes
+from engine.loader_link import LoaderLink
+from engine.lora.linear import ReferenceLora
+from engine.lora.placer import Placer
+from engine.lora.pool import AdapterPool
+from engine.lora.slots import PoolSlots
+from engine.model_runner import ModelRunner
+from engine.models.config import read_model_config
+from engine.models.weights import load_model
+from engine.registry import CatalogFile, Registry
+from engine.residency import AdapterResidency
+from engine.ring import open_ring
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler, SchedulerLimits
+from engine.server import EngineServer
+from engine.slot_allocator import SlotAllocator
+from engine.stats import Capacities
+from engine.validation import RequestLimits
+from ipc.endpoints import RunFolder
+from ipc.errors import InvalidRequest
+from ipc.messages import EngineHello, Epoch, RingGrant
+
+logger = logging.getLogger(__name__)
+
+# The first engine of a server registers the command line's adapters; later ones take the
+# catalog's word, in which an adapter that was unloaded meanwhile is no longer.
+FIRST_EPOCH = Epoch(1)
+
+
+class Engine:
+    """All parts of one engine, connected. Made on the I/O thread, inside its event loop.
+
+    Raises:
+        SidestreamError: the configuration or the model can not be served.
+    """
+
+    def __init__(self, config: EngineConfig, epoch: Epoch, run_folder: RunFolder) -> None:
+        device = open_device(config.device)
+        model = read_model_config(Path(config.model), config.max_model_len)
+        dtype = choose_dtype(config.dtype, model.dtype, device)
+        base = model.base_model(dtype)
+        decoder = load_model(model, Path(config.model), dtype, device)
+
+        num_blocks = config.kv_cache_bytes // kv_block_bytes(model, config.block_size, dtype)
+        if num_blocks < 2:
+            raise InvalidRequest(
+                f"kv_cache_bytes: expected room for 2 blocks of {config.block_size} tokens,"
+                f" got {config.kv_cache_bytes} bytes",
+                param="kv_cache_bytes",
+            )
+        cache = KvCache(model, num_blocks, config.block_size, dtype, device)
+        pool = AdapterPool(base, config.max_adapter_bytes, device)
+        runner = ModelRunner(
+            decoder,
+            config.block_size,
+            PagedAttention(cache, device),
+            ReferenceLora(pool),
+            Sampler(device, model.eos_token_ids),
+            device,
+        )
+
+        slot_allocator = SlotAllocator(config.max_adapter_bytes)
+        slots = AdapterSlots(slot_allocator)
+        residency = AdapterResidency(base, slots)
+        demand = AdapterDemand(residency, slots, config.adapter_load_timeout_s)
+        blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+        limits = RequestLimits(
+            vocab_size=model.vocab_size,
+            max_model_len=model.max_model_len,
+            kv_tokens=num_blocks * config.block_size,
+        )
+        scheduler = Scheduler(
+            SchedulerLimits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_sequence_tokens=min(limits.max_model_len, limits.kv_tokens),
+                max_adapter_wait_s=config.max_adapter_wait_s,
+                eos_token_ids=frozenset(model.eos_token_ids),
+            ),
+            blocks,
+            residency,
+            demand,
+        )
+
+        crossings = Crossings()
+        self._ring, chunks = open_ring(
+            device, config.num_staging_chunks, config.staging_chunk_bytes
+        )
+        self.placer = Placer(device, pool, chunks, crossings.submit, crossings.release)
+        self.core = EngineCore(
+            scheduler,
+            residency,
+            blocks,
+            runner,
+            PoolSlots(device, pool, self.placer),
+            config.max_waiting,
+            config.seed,
+            crossings.deliver,
+            crossings.send_to_loader,
+            crossings.adapter_failed,
+        )
+        self._context = zmq.asyncio.Context()
+        self.link = LoaderLink(
+            self._context,
+            run_folder.handover_path,
+            run_folder.loader_endpoint,
+            self._ring.fd,
+            RingGrant(
+                epoch, self._ring.grant_kind(), self._ring.num_chunks, self._ring.chunk_bytes
+            ),
+            EngineHello(base, config.max_lora_rank),
+            crossings,
+        )
+        catalog = Path(config.catalog) if config.catalog else run_folder.catalog_path
+        self._adapters = AdapterDirectory(
+            Registry(config.served_model_name, CatalogFile(catalog)),
+            self.link,
+            crossings.submit,
+            config.lora_dir is not None,
+            config.adapter_load_timeout_s,
+        )
+        self.server = EngineServer(
+            self._context,
+            run_folder.rpc_endpoint,
+            Capacities(epoch, num_blocks, slot_allocator.capacity_bytes),
+            model.architecture,
+            model.eos_token_ids,
+            limits,
+            self._adapters,
+            self.link,
+            crossings.submit,
+        )
+        crossings.join(self.core, self.placer, self.link, self.server, self._adapters)
+        self._is_first = epoch == FIRST_EPOCH
+        self._start_adapters = config.adapters
+        self._loader_timeout_s = config.adapter_load_timeout_s
+        self._catalog_work: asyncio.Task[None] | None = None
+        self.description = (
+            f"{model.architecture} in {dtype.value} on {device.torch_device},"
+            f" {limits.kv_tokens} tokens of KV cache,"
+            f" {slot_allocator.capacity_bytes} bytes of adapter pool"
+        )
+
+    async def register_adapters(self) -> None:
+        """Registers what the command line names, then takes up the catalog in the background.
+
+        A server's first engine waits for its loader; a later one serves what needs none.
+
+        Raises:
+            SidestreamError: no loader came, or an adapter of the command line can not be served.
+        """
+        if self._is_first:
+            await self.link.wait_connected(self._loader_timeout_s)
+            await self._adapters.load_at_start(self._start_adapters)
+        self._catalog_work = asyncio.create_task(self._adapters.take_up_catalog())
+
+    def close(self) -> None:
+        """Stops the threads after what they are doing, and closes every socket."""
+        if self._catalog_work is not None:
+            self._catalog_work.cancel()
+        self.core.stop()
+        self.placer.stop()
+        self.server.close()
+        self.link.close()
+        self._context.destroy(linger=0)

@@ -1,0 +1,139 @@
+"""What other threads ask of the step thread, which alone owns all policy state.
+
+Commands are carried out in order of arrival, between two steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.residency import ResidencyStats
+from engine.scheduler import SchedulerStats
+from ipc.errors import ErrorInfo
+from ipc.messages import (
+    AdapterId,
+    LoadId,
+    Manifest,
+    RequestId,
+    Residency,
+    SamplingParams,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """A checked request: its adapter is registered, its length fits, ``max_tokens`` is settled."""
+
+    client: bytes
+    request_id: RequestId
+    adapter_id: AdapterId | None
+    prompt_token_ids: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    arrival_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """The client wants no more of this request."""
+
+    client: bytes
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class DropClient:
+    """The client is gone: nobody is left to answer."""
+
+    client: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AddAdapter:
+    """An inspected adapter; requests for it may follow once it is accepted.
+
+    ``replaces`` is an adapter that ``RemoveAdapter`` will take away for it. ``answer`` gets None
+    or the refusal, on the step thread.
+    """
+
+    adapter_id: AdapterId
+    manifest: Manifest
+    pinned: bool
+    replaces: AdapterId | None
+    answer: Callable[[ErrorInfo | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAdapter:
+    """No further request for this adapter will come."""
+
+    adapter_id: AdapterId
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderConnected:
+    """Loads may be sent from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderLost:
+    """The loader is dead: whatever it had been asked for will not come."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlaced:
+    """Every byte of the load lies in its slot."""
+
+    load_id: LoadId
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBroken:
+    """The loader, or the placer, could not go on with the load."""
+
+    load_id: LoadId
+    error: ErrorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAbandoned:
+    """Nothing is being copied into the load's slot any more."""
+
+    load_id: LoadId
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the step thread knows, for one reader: gauges of now, counters since the start."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_for_adapter: int
+    num_steps: int
+    kv_blocks_used: int
+    scheduler: SchedulerStats
+    adapters_resident: int
+    pool_bytes_used: int
+    adapters: ResidencyStats
+    tiers: dict[AdapterId, Residency]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSnapshot:
+    """``answer`` is called on the step thread."""
+
+    answer: Callable[[Snapshot], None]
+
+
+Command = (
+    AddRequest
+    | CancelRequest
+    | DropClient
+    | AddAdapter
+    | RemoveAdapter
+    | LoaderConnected
+    | LoaderLost
+    | LoadPlaced
+    | LoadBroken
+    | LoadAbandoned
+    | TakeSnapshot
+)

@@ -1,0 +1,61 @@
+"""The engine's configuration, as the supervisor hands it over. Defaults live here alone."""
+
+from enum import Enum
+
+import msgspec
+
+MiB = 1 << 20
+
+
+class ModelDType(Enum):
+    """``auto``: the model's own on a GPU, float32 on a CPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class DeviceKind(Enum):
+    """``auto``: a GPU if torch sees one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class StartAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An adapter of the command line; one that can not be registered fails the start."""
+
+    name: str
+    path: str
+    pinned: bool = False
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Units are in the names; ``kv_cache_bytes`` and ``max_adapter_bytes`` are device memory."""
+
+    model: str
+    served_model_name: str
+    device: DeviceKind = DeviceKind.AUTO
+    dtype: ModelDType = ModelDType.AUTO
+    seed: int = 0
+
+    adapters: tuple[StartAdapter, ...] = ()
+    lora_dir: str | None = None
+    catalog: str | None = None
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_waiting: int = 4096
+    block_size: int = 16
+    kv_cache_bytes: int = 512 * MiB
+    enable_prefix_caching: bool = True
+
+    max_adapter_bytes: int = 1024 * MiB
+    max_lora_rank: int = 256
+    max_adapter_wait_s: float = 2.0
+    adapter_load_timeout_s: float = 60.0
+    num_staging_chunks: int = 4
+    staging_chunk_bytes: int = 32 * MiB

@@ -1,0 +1,316 @@
+"""The step loop: where policy and compute meet, on a thread of its own.
+
+A step is ``schedule → run → complete``. Between steps the thread carries out what other threads
+asked of it, so that all policy state has one owner and needs no lock.
+
+The life of a request here:
+
+1. ``AddRequest`` makes it a waiting sequence. From this moment its adapter is in demand.
+2. ``schedule`` admits it once its adapter lies in its slot and KV blocks are free.
+3. Every step that draws a token for it adds one ``TokenDelta`` to what its client gets.
+4. A finish reason, an error or ``CancelRequest`` ends it; its blocks and its use of the adapter
+   are given back in the same step.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from typing import Protocol, assert_never
+
+import msgspec
+
+from engine import adapter_actions as actions
+from engine.block_manager import BlockManager
+from engine.commands import (
+    AddAdapter,
+    AddRequest,
+    CancelRequest,
+    Command,
+    DropClient,
+    LoadAbandoned,
+    LoadBroken,
+    LoaderConnected,
+    LoaderLost,
+    LoadPlaced,
+    RemoveAdapter,
+    Snapshot,
+    TakeSnapshot,
+)
+from engine.plan import SampledToken, SequenceProgress, StepPlan
+from engine.residency import AdapterResidency
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SequenceId
+from engine.validation import duplicate_request
+from ipc.errors import (
+    Overloaded,
+    SidestreamError,
+    error_from_info,
+)
+from ipc.messages import (
+    AdapterId,
+    CancelLoad,
+    EngineToLoader,
+    Forget,
+    LoadId,
+    RequestId,
+    Stage,
+    TokenDelta,
+    Warm,
+)
+
+logger = logging.getLogger(__name__)
+
+# How long the thread sleeps at most when nothing can run. It bounds how late an expired wait is
+# noticed, and costs nothing otherwise: a command wakes the thread at once.
+IDLE_WAIT_S = 0.25
+OVERLOADED_RETRY_S = 1.0
+
+
+class Runner(Protocol):
+    """The forward pass."""
+
+    def run(self, plan: StepPlan) -> list[SampledToken]:
+        """The tokens drawn for the plan's sampling chunks, in their order."""
+        ...
+
+
+class Slots(Protocol):
+    """What carries out residency's decisions in device memory."""
+
+    def begin(self, load: actions.BeginLoad) -> None:
+        """Chunks of this load may come, and go where it says."""
+
+    def abandon(self, load_id: LoadId) -> None:
+        """Place no byte more of this load; ``LoadAbandoned`` follows."""
+
+    def install(self, adapter: actions.InstallAdapter) -> None:
+        """Steps may use the adapter from the next one on."""
+
+    def remove(self, adapter_id: AdapterId) -> None:
+        """No step to come uses the adapter."""
+
+
+class EngineCore:
+    """Owns all policy state; other threads ask by command.
+
+    ``deliver`` takes one step's deltas by client, ``send_to_loader`` one message, and
+    ``adapter_failed`` an adapter whose load went wrong; they are called on the step thread and
+    must not block.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        residency: AdapterResidency,
+        blocks: BlockManager,
+        runner: Runner,
+        slots: Slots,
+        max_waiting: int,
+        seed: int,
+        deliver: Callable[[Mapping[bytes, list[TokenDelta]]], None],
+        send_to_loader: Callable[[EngineToLoader], None],
+        adapter_failed: Callable[[AdapterId, SidestreamError], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._residency = residency
+        self._blocks = blocks
+        self._runner = runner
+        self._slots = slots
+        self._max_waiting = max_waiting
+        self._deliver = deliver
+        self._send_to_loader = send_to_loader
+        self._adapter_failed = adapter_failed
+        self._commands: SimpleQueue[Command | None] = SimpleQueue()
+        self._sequences: dict[tuple[bytes, RequestId], Sequence] = {}
+        self._num_accepted = 0
+        self._deltas: dict[bytes, list[TokenDelta]] = {}
+        # Requests without a seed take theirs from here.
+        self._seeds = random.Random(seed)
+        self._num_steps = 0
+
+    def submit(self, command: Command) -> None:
+        """Takes a command, from any thread, without waiting."""
+        self._commands.put(command)
+
+    def stop(self) -> None:
+        """Ends ``run`` after the step under way."""
+        self._commands.put(None)
+
+    def run(self) -> None:
+        """The thread's body. What it raises is a broken invariant and ends the process."""
+        busy = False
+        while self._take_commands(wait=not busy):
+            busy = self.step(time.monotonic())
+
+    def step(self, now_s: float) -> bool:
+        """One step; False if there was nothing to compute."""
+        plan = self._scheduler.schedule(now_s)
+        self._carry_out_actions()
+        if plan.chunks:
+            for progress in self._scheduler.complete(plan, self._runner.run(plan)):
+                self._report(progress)
+            self._num_steps += 1
+        self._flush()
+        return bool(plan.chunks)
+
+    # --- Commands ---------------------------------------------------------------------------
+
+    def _take_commands(self, wait: bool) -> bool:
+        """Carries out what is in the queue, at first waiting for something; False at the end."""
+        timeout_s = IDLE_WAIT_S if wait else 0.0
+        while True:
+            try:
+                command = self._commands.get(block=timeout_s > 0, timeout=timeout_s or None)
+            except Empty:
+                return True
+            if command is None:
+                return False
+            self.carry_out(command)
+            timeout_s = 0.0
+
+    def carry_out(self, command: Command) -> None:
+        """Does what another thread asked for."""
+        match command:
+            case AddRequest():
+                self._add_request(command)
+            case CancelRequest(client, request_id):
+                sequence = self._sequences.pop((client, request_id), None)
+                if sequence is not None:
+                    self._scheduler.abort(sequence)
+            case DropClient(client):
+                for key in [key for key in self._sequences if key[0] == client]:
+                    self._scheduler.abort(self._sequences.pop(key))
+            case AddAdapter():
+                self._add_adapter(command)
+            case RemoveAdapter(adapter_id):
+                self._residency.remove(adapter_id)
+            case LoaderConnected():
+                self._residency.loader_connected()
+            case LoaderLost():
+                self._residency.loader_lost()
+            case LoadPlaced(load_id):
+                self._residency.load_placed(load_id, time.monotonic())
+            case LoadBroken(load_id, error):
+                self._residency.load_failed(load_id, error_from_info(error))
+            case LoadAbandoned(load_id):
+                self._residency.load_abandoned(load_id)
+            case TakeSnapshot(answer):
+                answer(self._snapshot())
+            case _:
+                assert_never(command)
+
+    def _add_request(self, request: AddRequest) -> None:
+        key = (request.client, request.request_id)
+        try:
+            if key in self._sequences:
+                raise duplicate_request(request.request_id)
+            if self._scheduler.num_waiting >= self._max_waiting:
+                raise Overloaded(
+                    f"{self._max_waiting} requests are waiting: expected fewer",
+                    retry_after_s=OVERLOADED_RETRY_S,
+                )
+            sequence = self._sequence_of(request)
+            self._scheduler.add(sequence)
+        except SidestreamError as error:
+            self._emit(request.client, TokenDelta(request.request_id, error=error.info))
+        else:
+            self._sequences[key] = sequence
+
+    def _sequence_of(self, request: AddRequest) -> Sequence:
+        sampling = request.sampling
+        if sampling.seed is None and sampling.temperature > 0:
+            sampling = msgspec.structs.replace(sampling, seed=self._seeds.getrandbits(63))
+        self._num_accepted += 1
+        return Sequence(
+            sequence_id=SequenceId(self._num_accepted),
+            client=request.client,
+            request_id=request.request_id,
+            adapter_id=request.adapter_id,
+            token_ids=request.prompt_token_ids,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            max_tokens=request.max_tokens,
+            sampling=sampling,
+            arrival_s=request.arrival_s,
+        )
+
+    def _add_adapter(self, command: AddAdapter) -> None:
+        try:
+            self._residency.add(
+                command.adapter_id, command.manifest, command.pinned, command.replaces
+            )
+        except SidestreamError as error:
+            command.answer(error.info)
+        else:
+            command.answer(None)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_waiting_for_adapter=self._scheduler.num_waiting_for_adapter,
+            num_steps=self._num_steps,
+            kv_blocks_used=self._blocks.num_used,
+            scheduler=replace(self._scheduler.stats),
+            adapters_resident=self._residency.num_resident,
+            pool_bytes_used=self._residency.pool_bytes_used,
+            adapters=replace(self._residency.stats),
+            tiers=self._residency.tiers(),
+        )
+
+    # --- What a step leads to ---------------------------------------------------------------
+
+    def _carry_out_actions(self) -> None:
+        """Tells placer, pool and loader what residency has decided."""
+        for action in self._residency.take_actions():
+            match action:
+                case actions.BeginLoad():
+                    # The placer first: it must know the load before its first chunk comes.
+                    self._slots.begin(action)
+                    self._send_to_loader(Stage(action.load_id, action.source))
+                case actions.AbandonLoad(load_id):
+                    self._send_to_loader(CancelLoad(load_id))
+                    self._slots.abandon(load_id)
+                case actions.InstallAdapter():
+                    self._slots.install(action)
+                case actions.RemoveAdapter(adapter_id):
+                    self._slots.remove(adapter_id)
+                case actions.FailRequests(adapter_id, error):
+                    for sequence in self._scheduler.fail_adapter(adapter_id):
+                        self._answer_with(sequence, error)
+                    self._adapter_failed(adapter_id, error)
+                case Warm():
+                    self._send_to_loader(action)
+                case Forget(adapter_id):
+                    self._blocks.forget_adapter(adapter_id)
+                    self._send_to_loader(action)
+                case _:
+                    assert_never(action)
+
+    def _report(self, progress: SequenceProgress) -> None:
+        sequence, sampled = progress.sequence, progress.sampled
+        delta = TokenDelta(
+            sequence.request_id,
+            [sampled.token_id],
+            None if sampled.logprobs is None else [sampled.logprobs],
+            progress.finish_reason,
+            num_cached_tokens=sequence.num_cached_tokens if sequence.num_output_tokens == 1 else 0,
+        )
+        self._emit(sequence.client, delta)
+        if progress.finish_reason is not None:
+            del self._sequences[sequence.client, sequence.request_id]
+
+    def _answer_with(self, sequence: Sequence, error: SidestreamError) -> None:
+        del self._sequences[sequence.client, sequence.request_id]
+        self._emit(sequence.client, TokenDelta(sequence.request_id, error=error.info))
+
+    def _emit(self, client: bytes, delta: TokenDelta) -> None:
+        self._deltas.setdefault(client, []).append(delta)
+
+    def _flush(self) -> None:
+        """Hands over what was emitted since the last step."""
+        if self._deltas:
+            deltas, self._deltas = self._deltas, {}
+            self._deliver(deltas)

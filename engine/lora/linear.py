@@ -1,0 +1,73 @@
+"""The adapters' part of a linear layer: ``y += s · (x Aᵀ) Bᵀ`` for each row's own adapter.
+
+This is the reference path: plain torch, on any device, and what faster kernels are compared with.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.lora.pool import AdapterPool, LoraWeights
+from engine.lora.segments import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleColumns:
+    """Columns ``[start, stop)`` of a fused projection's output are ``module``'s."""
+
+    module: str
+    start: int
+    stop: int
+
+
+class LoraStep(Protocol):
+    """What a decoder needs of the adapters in one step."""
+
+    def add(self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, out: Tensor) -> None:
+        """Adds to each row of ``out`` what its adapter makes of that row of ``x``.
+
+        ``x`` is ``[num_tokens, in]``, ``out`` ``[num_tokens, out]`` in the model's dtype, both
+        contiguous; the modules of ``group`` share ``x`` and lie side by side in ``out``.
+        """
+
+
+class LoraBackend(Protocol):
+    """How the adapters' part is computed on a device."""
+
+    def begin(self, segments: tuple[Segment, ...]) -> LoraStep:
+        """A step whose rows belong to ``segments``; all their adapters are resident."""
+        ...
+
+
+class ReferenceLora:
+    """One small matrix product after another, on views into the pool."""
+
+    def __init__(self, pool: AdapterPool) -> None:
+        self._pool = pool
+
+    def begin(self, segments: tuple[Segment, ...]) -> LoraStep:
+        return _ReferenceStep(self._pool, segments)
+
+
+class _ReferenceStep:
+    def __init__(self, pool: AdapterPool, segments: tuple[Segment, ...]) -> None:
+        self._pool = pool
+        self._segments = segments
+
+    def add(self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, out: Tensor) -> None:
+        for segment in self._segments:
+            rows = slice(segment.start, segment.stop)
+            for columns in group:
+                weights = self._pool.weights(segment.adapter_id, layer, columns.module)
+                if weights is not None:
+                    add_lora(out[rows, columns.start : columns.stop], x[rows], weights)
+
+
+def add_lora(out: Tensor, x: Tensor, weights: LoraWeights) -> None:
+    """``out += s · (x Aᵀ) Bᵀ``: the delta in fp32, rounded once, when it is added.
+
+    ``x`` is ``[rows, in]``, ``out`` ``[rows, out]`` and may be a view with any strides.
+    """
+    shrunk = x.float() @ weights.a.float().T
+    out.add_(shrunk @ weights.b.float().T, alpha=weights.scaling)

@@ -1,0 +1,113 @@
+"""The adapter pool: one arena of device memory, and where in it each resident adapter lies.
+
+It decides nothing: which bytes are whose is settled by the slot allocator, when an adapter comes
+and goes by residency.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.device import Device, torch_dtype
+from ipc.base_model import BaseModel
+from ipc.errors import AdapterInvalid
+from ipc.image import ENTRY_ALIGNMENT, AdapterModule, Entry, EntryKind, ImageLayout, StageLayout
+from ipc.messages import AdapterId
+
+
+class LoraWeights(NamedTuple):
+    """One adapter's pair for one linear, as views into the arena in the model's dtype.
+
+    ``a`` is ``[padded_rank, in]``, ``b`` ``[out, padded_rank]``; the padding is zeros.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+class AdapterPool:
+    """Owns ``num_bytes`` of device memory and the table of the adapters that lie in it.
+
+    ``install``, ``remove`` and ``weights`` belong to the step thread; ``extent_view`` may be called
+    from any.
+    """
+
+    def __init__(self, base: BaseModel, num_bytes: int, device: Device) -> None:
+        self._base = base
+        self._dtype = torch_dtype(base.dtype)
+        self._arena = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
+        self._resident: dict[AdapterId, dict[tuple[int, str], LoraWeights]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return self._arena.numel()
+
+    @property
+    def resident(self) -> frozenset[AdapterId]:
+        """The adapters that rows may ask for."""
+        return frozenset(self._resident)
+
+    def extent_view(self, offset: int, num_bytes: int) -> Tensor:
+        """Bytes ``[offset, offset + num_bytes)`` of the arena, uint8, to be written through."""
+        assert 0 <= offset <= offset + num_bytes <= self.num_bytes, (offset, num_bytes)
+        return self._arena[offset : offset + num_bytes]
+
+    def install(
+        self,
+        adapter_id: AdapterId,
+        modules: tuple[AdapterModule, ...],
+        layout: ImageLayout,
+        extents: tuple[int, ...],
+    ) -> None:
+        """Rows may ask for the adapter from now on: its bytes lie at ``extents``.
+
+        ``extents[i]`` is the arena offset of stage ``i``, a multiple of 128; that of an empty stage
+        is not looked at. ``layout`` is what ``layout_image`` gives for ``modules``.
+
+        Raises:
+            AdapterInvalid: the adapter has a part that the forward pass does not apply.
+        """
+        assert adapter_id not in self._resident, adapter_id
+        assert len(extents) == len(layout.stages), (len(extents), len(layout.stages))
+        scalings = {(module.stage, module.module): module.scaling for module in modules}
+        table: dict[tuple[int, str], LoraWeights] = {}
+        for stage, (stage_layout, extent) in enumerate(zip(layout.stages, extents, strict=True)):
+            if not stage_layout.num_bytes:
+                continue
+            assert extent % ENTRY_ALIGNMENT == 0, (stage, extent)
+            self._check_served(stage, stage_layout)
+            pairs: dict[str, dict[EntryKind, Tensor]] = {}
+            for entry in stage_layout.entries:
+                pairs.setdefault(entry.module, {})[entry.kind] = self._view(extent, entry)
+            layer = stage - self._base.layer_stage(0)
+            for module, pair in pairs.items():
+                table[layer, module] = LoraWeights(
+                    pair[EntryKind.LORA_A], pair[EntryKind.LORA_B], scalings[stage, module]
+                )
+        self._resident[adapter_id] = table
+
+    def remove(self, adapter_id: AdapterId) -> None:
+        """No row asks for the adapter any more. Its bytes stay until somebody overwrites them."""
+        del self._resident[adapter_id]
+
+    def weights(self, adapter_id: AdapterId, layer: int, module: str) -> LoraWeights | None:
+        """The pair for one linear; None if the adapter leaves it as it is.
+
+        An adapter that is not resident is a ``KeyError``: it must never pass for the base.
+        """
+        return self._resident[adapter_id].get((layer, module))
+
+    def _view(self, extent: int, entry: Entry) -> Tensor:
+        raw = self.extent_view(extent + entry.offset, entry.num_bytes)
+        return raw.view(self._dtype).view(entry.rows, entry.columns)
+
+    def _check_served(self, stage: int, layout: StageLayout) -> None:
+        in_layer = 0 < stage < self._base.head_stage
+        for entry in layout.entries:
+            if not in_layer or entry.kind not in (EntryKind.LORA_A, EntryKind.LORA_B):
+                raise AdapterInvalid(
+                    f"stage {stage} of the adapter: expected low-rank pairs of the decoder layers'"
+                    f" linears alone, got {entry.kind.value} of {entry.module}"
+                )

@@ -1,0 +1,194 @@
+"""The decoder of Llama, Mistral, Qwen2 and Qwen3: one implementation, driven by ``ModelConfig``.
+
+A layer is ``h += O(attention(R(N(Q)), R(N(K)), V))`` of ``rms_norm(h)`` and then
+``h += Down(silu(Gate) · Up)`` of ``rms_norm(h)``; R is the rotary embedding, N the head norm of
+Qwen3. Q, K and V are one matrix product, Gate and Up another.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.attention import AttentionStep
+from engine.device import Device, torch_dtype
+from engine.lora.linear import LoraStep, ModuleColumns
+from engine.models.config import ModelConfig
+from engine.models.rotary import rotary_table, rotate
+from ipc.base_model import DType
+
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """``weight`` ``[out, in]``, ``bias`` ``[out]``; ``modules`` lie side by side in ``out``."""
+
+    modules: tuple[ModuleColumns, ...]
+    weight: Tensor
+    bias: Tensor | None
+
+    def apply(self, layer: int, x: Tensor, lora: LoraStep) -> Tensor:
+        out = functional.linear(x, self.weight, self.bias)
+        lora.add(layer, self.modules, x, out)
+        return out
+
+    def name_tensors(self, prefix: str) -> dict[str, Tensor]:
+        named = {}
+        for module in self.modules:
+            columns = slice(module.start, module.stop)
+            named[f"{prefix}.{module.module}.weight"] = self.weight[columns]
+            if self.bias is not None:
+                named[f"{prefix}.{module.module}.bias"] = self.bias[columns]
+        return named
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One decoder layer's weights; the head norms are ``[head_dim]``."""
+
+    input_norm: Tensor
+    qkv: _Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: _Linear
+    post_attention_norm: Tensor
+    gate_up: _Linear
+    down: _Linear
+
+    def name_tensors(self, prefix: str) -> dict[str, Tensor]:
+        named = {
+            f"{prefix}.input_layernorm.weight": self.input_norm,
+            f"{prefix}.post_attention_layernorm.weight": self.post_attention_norm,
+        }
+        if self.query_norm is not None and self.key_norm is not None:
+            named[f"{prefix}.self_attn.q_norm.weight"] = self.query_norm
+            named[f"{prefix}.self_attn.k_norm.weight"] = self.key_norm
+        for linear in (self.qkv, self.output):
+            named |= linear.name_tensors(f"{prefix}.self_attn")
+        for linear in (self.gate_up, self.down):
+            named |= linear.name_tensors(f"{prefix}.mlp")
+        return named
+
+
+class Decoder:
+    """Owns a model's weights, which begin undefined: ``checkpoint_tensors`` says where they go.
+
+    A step is ``embed``, ``run_layers`` over all layers at once or over one range after another,
+    then ``logits`` of the rows that are wanted. The caller gives the stream and the grad mode.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: DType, device: Device) -> None:
+        self.config = config
+        self.dtype = dtype
+        self._device = device.torch_device
+        self._embedding = self._empty(config.vocab_size, config.hidden_size)
+        self._layers = [self._layer() for _ in range(config.num_layers)]
+        self._norm = self._empty(config.hidden_size)
+        self._head = self._embedding
+        if not config.tie_word_embeddings:
+            self._head = self._empty(config.vocab_size, config.hidden_size)
+        self._rotary_table = rotary_table(
+            config.rope, config.head_dim, config.max_model_len, self._device
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the weights."""
+        tensors = self.checkpoint_tensors().values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Every weight by its name in a checkpoint, as the view to fill."""
+        named = {_EMBEDDING: self._embedding, "model.norm.weight": self._norm}
+        if not self.config.tie_word_embeddings:
+            named[_HEAD] = self._head
+        for index, layer in enumerate(self._layers):
+            named |= layer.name_tensors(f"model.layers.{index}")
+        return named
+
+    def checkpoint_aliases(self) -> dict[str, str]:
+        """Names that a checkpoint may hold as well, each with the name that it must equal."""
+        return {_HEAD: _EMBEDDING} if self.config.tie_word_embeddings else {}
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """``[num_tokens, hidden]`` for ``token_ids`` ``[num_tokens]`` int64."""
+        return functional.embedding(token_ids, self._embedding)
+
+    def run_layers(
+        self,
+        layers: range,
+        hidden: Tensor,
+        positions: Tensor,
+        attention: AttentionStep,
+        lora: LoraStep,
+    ) -> Tensor:
+        """``hidden`` ``[num_tokens, hidden]`` behind the last of ``layers``; the argument is kept.
+
+        ``positions`` is ``[num_tokens]`` int64.
+        """
+        rotation = self._rotary_table[positions]
+        for index in layers:
+            layer = self._layers[index]
+            x = self._rms_norm(hidden, layer.input_norm)
+            qkv = layer.qkv.apply(index, x, lora)
+            mixed = self._attend(index, layer, qkv, rotation, attention)
+            hidden = hidden + layer.output.apply(index, mixed, lora)
+            x = self._rms_norm(hidden, layer.post_attention_norm)
+            gate, up = layer.gate_up.apply(index, x, lora).chunk(2, dim=-1)
+            hidden = hidden + layer.down.apply(index, functional.silu(gate) * up, lora)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[num_rows, vocab]`` for rows ``[num_rows, hidden]`` behind the last layer."""
+        return functional.linear(self._rms_norm(hidden, self._norm), self._head)
+
+    def _attend(
+        self, index: int, layer: _Layer, qkv: Tensor, rotation: Tensor, attention: AttentionStep
+    ) -> Tensor:
+        config = self.config
+        heads = qkv.view(qkv.shape[0], -1, config.head_dim)
+        query, key, value = heads.split_with_sizes(
+            (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
+        )
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query = self._rms_norm(query, layer.query_norm)
+            key = self._rms_norm(key, layer.key_norm)
+        mixed = attention.attend(index, rotate(query, rotation), rotate(key, rotation), value)
+        return mixed.flatten(1)
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch_dtype(self.dtype), device=self._device)
+
+    def _layer(self) -> _Layer:
+        config = self.config
+        hidden = config.hidden_size
+        query, kv, inner = config.query_size, config.kv_size, config.intermediate_size
+        head_norm = config.head_dim if config.qk_norm else None
+        return _Layer(
+            input_norm=self._empty(hidden),
+            qkv=self._linear(hidden, config.qkv_bias, q_proj=query, k_proj=kv, v_proj=kv),
+            query_norm=None if head_norm is None else self._empty(head_norm),
+            key_norm=None if head_norm is None else self._empty(head_norm),
+            output=self._linear(query, config.o_bias, o_proj=hidden),
+            post_attention_norm=self._empty(hidden),
+            gate_up=self._linear(hidden, config.mlp_bias, gate_proj=inner, up_proj=inner),
+            down=self._linear(inner, config.mlp_bias, down_proj=hidden),
+        )
+
+    def _linear(self, in_features: int, has_bias: bool, **out_features: int) -> _Linear:
+        modules = []
+        start = 0
+        for name, width in out_features.items():
+            modules.append(ModuleColumns(name, start, start + width))
+            start += width
+        return _Linear(
+            tuple(modules),
+            self._empty(start, in_features),
+            self._empty(start) if has_bias else None,
+        )

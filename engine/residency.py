@@ -1,0 +1,344 @@
+"""Which adapter's weights are where: registrations, loads, and who counts on them.
+
+| state      | slot                      | left by                                                |
+|------------|---------------------------|--------------------------------------------------------|
+| ABSENT     | none                      | ``AdapterDemand`` finds room: LOADING                  |
+| LOADING    | the placer writes into it | ``load_placed``: RESIDENT; ``load_failed``, too late,  |
+|            |                           | ``loader_lost``, removed and unwanted: CANCELLING      |
+| RESIDENT   | steps read it             | evicted; removed and unwanted: ABSENT                  |
+| CANCELLING | the placer may write yet  | ``load_abandoned``: ABSENT                             |
+
+A slot is given to another adapter only out of ABSENT, so never while a copy into it may run.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import msgspec
+
+from engine.adapter_actions import (
+    AbandonLoad,
+    AdapterAction,
+    BeginLoad,
+    FailRequests,
+    InstallAdapter,
+    RemoveAdapter,
+)
+from engine.adapter_slots import AdapterSlots, AdapterState, PooledAdapter
+from ipc.base_model import BaseModel
+from ipc.errors import AdapterInvalid, Internal, SidestreamError, Unavailable
+from ipc.image import ImageLayout, layout_image
+from ipc.messages import AdapterId, Forget, LoadId, Manifest, Residency, Warm
+
+logger = logging.getLogger(__name__)
+
+MAX_LOST_LOADERS = 3
+"""A load that this many loaders in a row did not survive fails its requests."""
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(slots=True)
+class ResidencyStats:
+    """Counters since the start; ``load_seconds`` runs from the reserved slot to the last byte."""
+
+    num_loads: int = 0
+    num_load_failures: int = 0
+    load_seconds: float = 0.0
+    loaded_bytes: int = 0
+    num_evictions: int = 0
+
+
+class AdapterResidency:
+    """The state of every registered adapter. What follows from it the core is asked to carry out.
+
+    Owned by the step thread. The core takes the actions after every ``Scheduler.schedule`` and
+    carries them out in order, before it launches the step.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        slots: AdapterSlots,
+    ) -> None:
+        self.stats = ResidencyStats()
+        self._slots = slots
+        self._adapters: dict[AdapterId, PooledAdapter] = {}
+        self._loads: dict[LoadId, PooledAdapter] = {}
+        # Pinned ones that are to be loaded without a request.
+        self._preload: dict[AdapterId, PooledAdapter] = {}
+        self._num_loaders = 0
+        self._loader_is_connected = False
+        self._next_load_id = 1
+        self._actions: list[AdapterAction] = []
+        # A layout has hundreds of entries: adapters of one shape share it.
+        self._lay_out = lru_cache(maxsize=64)(partial(layout_image, base))
+
+    # --- Queries -------------------------------------------------------------------------------
+
+    @property
+    def num_resident(self) -> int:
+        return self._slots.num_owners - len(self._loads)
+
+    @property
+    def loader_is_connected(self) -> bool:
+        return self._loader_is_connected
+
+    @property
+    def num_loaders(self) -> int:
+        """How many loaders have connected so far."""
+        return self._num_loaders
+
+    def is_resident(self, adapter_id: AdapterId) -> bool:
+        """Whether all of it is in its slot. Raises ``KeyError`` if it is not registered."""
+        return self._adapters[adapter_id].state is AdapterState.RESIDENT
+
+    def is_pinned(self, adapter_id: AdapterId) -> bool:
+        return self._adapters[adapter_id].pinned
+
+    def tier(self, adapter_id: AdapterId) -> Residency:
+        """GPU, LOADING or DISK: the engine itself can not tell HOST from DISK."""
+        adapter = self._adapters.get(adapter_id)
+        if adapter is None or adapter.state in (AdapterState.ABSENT, AdapterState.CANCELLING):
+            return Residency.DISK
+        return Residency.GPU if adapter.state is AdapterState.RESIDENT else Residency.LOADING
+
+    def tiers(self) -> dict[AdapterId, Residency]:
+        """``tier`` of every registered adapter."""
+        return {adapter_id: self.tier(adapter_id) for adapter_id in self._adapters}
+
+    @property
+    def pool_bytes_used(self) -> int:
+        """Bytes of the pool that belong to a slot, also to one that is being filled."""
+        return self._slots.used_bytes
+
+    def take_actions(self) -> list[AdapterAction]:
+        """What is to be carried out since the last call, in order."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    # --- Registration --------------------------------------------------------------------------
+
+    def check(
+        self, manifest: Manifest, pinned: bool, replaces: AdapterId | None = None
+    ) -> ImageLayout:
+        """The layout of an adapter that can be served, and stay if it is to be pinned.
+
+        ``replaces`` is an adapter that goes away for it.
+
+        Raises:
+            AdapterInvalid: its image is larger than the pool, or does not fit the base model.
+            Overloaded: it is to be pinned, and the pinned ones leave too little room.
+        """
+        shape = tuple(msgspec.structs.replace(module, scaling=1.0) for module in manifest.modules)
+        try:
+            layout = self._lay_out(shape)
+        except ValueError as error:
+            raise AdapterInvalid(f"the adapter does not fit the base model: {error}") from error
+        if layout.num_bytes != manifest.image_bytes:
+            raise Internal(
+                f"image of {manifest.path}: expected {layout.num_bytes} bytes,"
+                f" the loader's manifest says {manifest.image_bytes}"
+            )
+        self._slots.check_fit(layout)
+        if pinned:
+            self._slots.check_pin(layout, replaces)
+        return layout
+
+    def add(
+        self,
+        adapter_id: AdapterId,
+        manifest: Manifest,
+        pinned: bool,
+        replaces: AdapterId | None = None,
+    ) -> None:
+        """The adapter may be asked for; a pinned one is loaded as soon as it fits.
+
+        Raises: as ``check``.
+        """
+        layout = self.check(manifest, pinned, replaces)
+        assert adapter_id not in self._adapters, "an adapter id is never used again"
+        self._adapters[adapter_id] = PooledAdapter(adapter_id, manifest, layout)
+        self._pin(self._adapters[adapter_id], pinned)
+
+    def remove(self, adapter_id: AdapterId) -> None:
+        """No new request will name the adapter: it goes once its accepted ones are answered."""
+        adapter = self._adapters[adapter_id]
+        adapter.removed = True
+        self._pin(adapter, False)
+        self._forget_if_done(adapter)
+
+    def set_pinned(self, adapter_id: AdapterId, pinned: bool) -> None:
+        """The adapter stays once it is resident, or no longer.
+
+        Raises:
+            Overloaded: the other pinned ones leave too little room.
+        """
+        adapter = self._adapters[adapter_id]
+        if pinned:
+            self._slots.check_pin(adapter.layout, adapter_id)
+        self._pin(adapter, pinned)
+
+    # --- Requests ------------------------------------------------------------------------------
+
+    def add_request(self, adapter_id: AdapterId) -> None:
+        """A sequence of the adapter was accepted. Raises ``KeyError`` if it is not registered."""
+        self._adapters[adapter_id].num_requests += 1
+
+    def drop_request(self, adapter_id: AdapterId) -> None:
+        """A sequence of the adapter, not running any more, got its terminal answer."""
+        adapter = self._adapters[adapter_id]
+        adapter.num_requests -= 1
+        assert adapter.num_uses <= adapter.num_requests, "only an accepted sequence can run"
+        self._forget_if_done(adapter)
+
+    def acquire(self, adapter_id: AdapterId) -> None:
+        """A sequence begins to run with the adapter, which stays resident until ``release``."""
+        adapter = self._adapters[adapter_id]
+        assert adapter.state is AdapterState.RESIDENT, "a sequence runs with its whole adapter"
+        adapter.num_uses += 1
+        self._slots.update(adapter)
+
+    def release(self, adapter_id: AdapterId) -> None:
+        """The sequence does not run any more."""
+        adapter = self._adapters[adapter_id]
+        adapter.num_uses -= 1
+        assert adapter.num_uses >= 0, "an adapter was released more often than acquired"
+        self._slots.update(adapter)
+
+    # --- What the placer and the loader report -------------------------------------------------
+
+    def load_placed(self, load_id: LoadId, now_s: float) -> None:
+        """The image's last byte is in the slot. Ignored for a load that was given up."""
+        adapter = self._loads.get(load_id)
+        if adapter is None or adapter.state is not AdapterState.LOADING:
+            return
+        del self._loads[load_id]
+        adapter.state = AdapterState.RESIDENT
+        adapter.load_id = None
+        adapter.num_lost_loaders = 0
+        self._slots.update(adapter)
+        self.stats.num_loads += 1
+        self.stats.loaded_bytes += adapter.layout.num_bytes
+        self.stats.load_seconds += now_s - adapter.load_began_s
+        self._actions.append(
+            InstallAdapter(adapter.adapter_id, adapter.manifest, adapter.layout, adapter.extents)
+        )
+        logger.info("adapter %d is resident", adapter.adapter_id)
+
+    def load_failed(self, load_id: LoadId, error: SidestreamError) -> None:
+        """The loader sends no more of it, and its waiting requests fail with ``error``."""
+        adapter = self._loads.get(load_id)
+        if adapter is not None and adapter.state is AdapterState.LOADING:
+            self.fail_load(adapter, error)
+
+    def load_abandoned(self, load_id: LoadId) -> None:
+        """The placer's answer to ``AbandonLoad``: nothing writes into the slot any more.
+
+        Raises:
+            Internal: the load is not one that is being cancelled.
+        """
+        adapter = self._loads.get(load_id)
+        if adapter is None or adapter.state is not AdapterState.CANCELLING:
+            raise Internal(f"load {load_id} was abandoned, but it is not being cancelled")
+        del self._loads[load_id]
+        adapter.load_id = None
+        self._slots.free(adapter)
+        self._forget_if_done(adapter)
+
+    def loader_connected(self) -> None:
+        """Loads may begin."""
+        self._loader_is_connected = True
+        self._num_loaders += 1
+
+    def loader_lost(self) -> None:
+        """Every load in flight is cancelled, and tried again with the next loader."""
+        self._loader_is_connected = False
+        for adapter in self._loads.values():
+            if adapter.state is not AdapterState.LOADING:
+                continue
+            adapter.num_lost_loaders += 1
+            if adapter.num_lost_loaders < MAX_LOST_LOADERS:
+                self._abandon(adapter)
+                if adapter.pinned:
+                    self._preload[adapter.adapter_id] = adapter
+                continue
+            message = f"the loader was lost {MAX_LOST_LOADERS} times while it loaded the adapter"
+            self.fail_load(adapter, Unavailable(message, retry_after_s=RETRY_AFTER_S))
+
+    # --- For AdapterDemand ---------------------------------------------------------------------
+
+    def adapter(self, adapter_id: AdapterId) -> PooledAdapter:
+        """Raises ``KeyError`` if it is not registered."""
+        return self._adapters[adapter_id]
+
+    def loads(self) -> list[PooledAdapter]:
+        """Those that are LOADING, the earliest first."""
+        return [load for load in self._loads.values() if load.state is AdapterState.LOADING]
+
+    def preloads(self) -> list[PooledAdapter]:
+        """Pinned ones that are ABSENT and to be loaded without a request."""
+        return [a for a in self._preload.values() if a.state is AdapterState.ABSENT]
+
+    def begin_load(self, adapter: PooledAdapter, now_s: float) -> None:
+        """Loads an ABSENT adapter into the slot that was reserved for it just now."""
+        load_id = LoadId(self._next_load_id)
+        self._next_load_id += 1
+        adapter.state = AdapterState.LOADING
+        adapter.load_id = load_id
+        adapter.load_began_s = now_s
+        self._loads[load_id] = adapter
+        self._preload.pop(adapter.adapter_id, None)
+        self._actions.append(
+            BeginLoad(load_id, adapter.adapter_id, adapter.source, adapter.layout, adapter.extents)
+        )
+
+    def evict(self, adapter: PooledAdapter) -> None:
+        """Takes an idle adapter's slot: it is ABSENT."""
+        logger.info("adapter %d is evicted", adapter.adapter_id)
+        self.stats.num_evictions += 1
+        self._actions.append(RemoveAdapter(adapter.adapter_id))
+        self._slots.free(adapter)
+
+    def warm(self, adapters: list[PooledAdapter]) -> None:
+        """The loader is to bring these into its host tier, and no others."""
+        self._actions.append(Warm([adapter.source for adapter in adapters]))
+
+    def fail_load(self, adapter: PooledAdapter, error: SidestreamError) -> None:
+        """Gives up a load in flight, and fails the requests that wait for it."""
+        adapter.num_lost_loaders = 0
+        self.stats.num_load_failures += 1
+        self._abandon(adapter)
+        self.fail_requests(adapter, error)
+
+    def fail_requests(self, adapter: PooledAdapter, error: SidestreamError) -> None:
+        """The sequences that wait for the adapter are to be answered with ``error``."""
+        logger.warning("adapter %d can not be loaded: %s", adapter.adapter_id, error)
+        self._actions.append(FailRequests(adapter.adapter_id, error))
+
+    # --- Within --------------------------------------------------------------------------------
+
+    def _abandon(self, adapter: PooledAdapter) -> None:
+        assert adapter.load_id is not None, "only a load in flight is abandoned"
+        adapter.state = AdapterState.CANCELLING
+        self._actions.append(AbandonLoad(adapter.load_id))
+
+    def _pin(self, adapter: PooledAdapter, pinned: bool) -> None:
+        self._slots.set_pinned(adapter, pinned)
+        self._preload.pop(adapter.adapter_id, None)
+        if pinned and adapter.state in (AdapterState.ABSENT, AdapterState.CANCELLING):
+            self._preload[adapter.adapter_id] = adapter
+
+    def _forget_if_done(self, adapter: PooledAdapter) -> None:
+        """Lets go of a removed adapter that no accepted request needs."""
+        if not adapter.removed or adapter.num_requests:
+            return
+        if adapter.state is AdapterState.LOADING:
+            self._abandon(adapter)
+        if adapter.state is AdapterState.CANCELLING:
+            return  # ``load_abandoned`` comes back here.
+        if adapter.state is AdapterState.RESIDENT:
+            self._actions.append(RemoveAdapter(adapter.adapter_id))
+            self._slots.free(adapter)
+        del self._adapters[adapter.adapter_id]
+        self._actions.append(Forget(adapter.adapter_id))

@@ -1,0 +1,58 @@
+"""The engine's end of the staging ring, as tensors."""
+
+from typing import Any, Protocol
+
+import torch
+
+from engine.device import Device
+from ipc.messages import RingKind
+from ipc.ring_memory import HostRing
+
+
+class Ring(Protocol):
+    """Memory that the engine has allocated and can hand over by its descriptor."""
+
+    fd: int
+    num_chunks: int
+    chunk_bytes: int
+
+    def grant_kind(self) -> RingKind: ...
+
+    def close(self) -> None: ...
+
+
+class _DeviceBytes:
+    """Lets torch see device memory that it did not allocate.
+
+    Source: the CUDA array interface, version 3.
+    """
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def open_ring(
+    device: Device, num_chunks: int, chunk_bytes: int
+) -> tuple[Ring, tuple[torch.Tensor, ...]]:
+    """A new ring and its chunks, uint8 ``[chunk_bytes]`` each, valid until the ring is closed."""
+    if device.torch_device.type == "cuda":
+        # Imported here alone: a machine without a GPU need not have the driver's bindings.
+        from ipc.cuda_memory import CudaRing
+
+        cuda_ring = CudaRing(device.torch_device.index or 0, num_chunks, chunk_bytes)
+        return cuda_ring, tuple(
+            torch.as_tensor(
+                _DeviceBytes(cuda_ring.chunk_address(chunk), chunk_bytes),
+                device=device.torch_device,
+            )
+            for chunk in range(num_chunks)
+        )
+    host_ring = HostRing.create(num_chunks, chunk_bytes)
+    return host_ring, tuple(
+        torch.frombuffer(host_ring.chunk(chunk), dtype=torch.uint8) for chunk in range(num_chunks)
+    )

@@ -1,0 +1,308 @@
+"""Which tokens the next step computes: continuous batching with chunked prefill.
+
+A step takes, within ``max_num_batched_tokens``:
+
+1. every running sequence that has one token to compute (decodes),
+2. the running sequences that have more (prefills), in order of arrival,
+3. waiting sequences whose adapter is wholly resident, in order of arrival, as long as there are
+   KV blocks for all their tokens and one to spare for every running sequence.
+
+When a decode finds no block, the running sequence that arrived last goes back to waiting and is
+computed anew later; its place in the queue is still that of its arrival.
+
+No sequence waits for another one's adapter, but for this: once a sequence has waited for a slot
+longer than ``max_adapter_wait_s``, no later one is admitted with an unpinned adapter, so that the
+slots fall idle and one of them becomes free. Sequences of the base model go on.
+"""
+
+import logging
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from engine.adapter_demand import AdapterDemand
+from engine.block_manager import BlockManager
+from engine.plan import SampledToken, ScheduledChunk, SequenceProgress, StepPlan
+from engine.residency import AdapterResidency
+from engine.sequence import Sequence, SequenceId, SequenceState
+from engine.waiting_queue import WaitingQueue
+from ipc.errors import InvalidRequest
+from ipc.messages import AdapterId, FinishReason
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What a step and a sequence are bounded by; ``max_sequence_tokens`` is prompt and output.
+
+    Raises:
+        InvalidRequest: a full batch of decodes would not fit into a step.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_sequence_tokens: int
+    max_adapter_wait_s: float
+    eos_token_ids: frozenset[int]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
+            raise InvalidRequest(
+                "max_num_batched_tokens: expected at least max_num_seqs"
+                f" ({self.max_num_seqs}), got {self.max_num_batched_tokens}"
+            )
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start. A preempted sequence's prompt counts once."""
+
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+
+
+class Scheduler:
+    """Owns all sequences between ``add`` and their end, and says what each step computes.
+
+    Owned by the step thread. ``schedule`` and ``complete`` alternate; ``add``, ``abort`` and
+    ``fail_adapter`` may come at any time, also while a step runs: what it computes for a sequence
+    that has ended meanwhile is dropped.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        residency: AdapterResidency,
+        demand: AdapterDemand,
+    ) -> None:
+        self.stats = SchedulerStats()
+        self._limits = limits
+        self._blocks = blocks
+        self._residency = residency
+        self._demand = demand
+        self._waiting = WaitingQueue()
+        # In order of arrival.
+        self._running: list[Sequence] = []
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_waiting_for_adapter(self) -> int:
+        """Waiting sequences whose adapter is not resident."""
+        return sum(
+            self._waiting.num_waiting(adapter_id)
+            for adapter_id in self._waiting.adapters()
+            if not self._residency.is_resident(adapter_id)
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """The sequence waits; its adapter is in demand from the next ``schedule`` on.
+
+        Raises:
+            InvalidRequest: it could never run, however long it waits.
+        """
+        longest = self._limits.max_sequence_tokens
+        if not 0 < len(sequence.token_ids) < longest:
+            raise InvalidRequest(
+                f"the prompt has {len(sequence.token_ids)} tokens: expected 1 to {longest - 1},"
+                f" so that one can be generated within {longest}",
+                param="prompt",
+            )
+        if sequence.adapter_id is not None:
+            self._residency.add_request(sequence.adapter_id)
+        self._waiting.add(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Ends the sequence without an answer; nothing happens if it has ended already."""
+        if sequence.state is SequenceState.FINISHED:
+            return
+        if sequence.state is SequenceState.RUNNING:
+            self._stop_running(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self._end(sequence)
+
+    def fail_adapter(self, adapter_id: AdapterId) -> list[Sequence]:
+        """Ends all sequences that wait for the adapter; they are the caller's to answer."""
+        failed = self._waiting.remove_all(adapter_id)
+        for sequence in failed:
+            self._end(sequence)
+        return failed
+
+    def schedule(self, now_s: float) -> StepPlan:
+        """What the next step computes; empty if nothing can run.
+
+        Loads that begin and evictions are among the residency's actions, to be carried out before
+        the step is launched.
+        """
+        self._demand.meet(self._waiting.adapters(), now_s)
+        chunks: list[ScheduledChunk] = []
+        num_preemptions = self.stats.num_preemptions
+        self._schedule_decodes(chunks)
+        budget = self._limits.max_num_batched_tokens - len(chunks)
+        for sequence in self._running:
+            if not budget:
+                break
+            if sequence.num_uncomputed_tokens > 1:
+                budget -= _add_chunk(chunks, sequence, budget)
+        # What was just preempted would come straight back, and take the blocks it gave.
+        if num_preemptions == self.stats.num_preemptions:
+            self._admit(chunks, budget, now_s)
+        return StepPlan(tuple(chunks))
+
+    def complete(self, plan: StepPlan, sampled: list[SampledToken]) -> list[SequenceProgress]:
+        """Takes in what the step computed: its tokens, and who has ended with them.
+
+        ``sampled`` has one token for each chunk that samples, in their order. The token that ends
+        a sequence is reported like any other. A sequence that ended while the step ran is not in
+        the answer.
+        """
+        tokens = iter(sampled)
+        progress: list[SequenceProgress] = []
+        for chunk in plan.chunks:
+            token = next(tokens) if chunk.samples else None
+            sequence = chunk.sequence
+            if sequence.state is not SequenceState.RUNNING:
+                continue
+            end = chunk.start + chunk.num_tokens
+            sequence.num_computed_tokens = end
+            self._blocks.publish(sequence, chunk.start, end)
+            if token is None:
+                continue
+            sequence.token_ids.append(token.token_id)
+            self.stats.num_generated_tokens += 1
+            reason = self._finish_reason(sequence, token.token_id)
+            if reason is not None:
+                sequence.finish_reason = reason
+                self._stop_running(sequence)
+                self._end(sequence)
+            progress.append(SequenceProgress(sequence, token, reason))
+        assert next(tokens, None) is None, "more tokens were sampled than the plan asked for"
+        return progress
+
+    def assert_idle(self) -> None:
+        """Checks that nothing is lost when every sequence has ended. Raises ``Internal``."""
+        assert not self._running and not len(self._waiting), "sequences have not ended"
+        self._blocks.assert_idle()
+
+    def _schedule_decodes(self, chunks: list[ScheduledChunk]) -> None:
+        # A copy, as preemption takes from its end: those are skipped by their state.
+        for sequence in tuple(self._running):
+            start = sequence.num_computed_tokens
+            if len(sequence.token_ids) - start != 1 or sequence.state is not SequenceState.RUNNING:
+                continue
+            if self._extend(sequence):
+                chunks.append(ScheduledChunk(sequence, start, 1, samples=True))
+
+    def _extend(self, sequence: Sequence) -> bool:
+        """Gets the block for one more token; False if the sequence itself had to make room."""
+        while not self._blocks.extend(sequence):
+            last = self._running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        logger.debug("request %s is preempted", sequence.request_id)
+        self._stop_running(sequence)
+        sequence.state = SequenceState.WAITING
+        sequence.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self._waiting.add(sequence)
+
+    def _admit(self, chunks: list[ScheduledChunk], budget: int, now_s: float) -> None:
+        if not self._has_room(budget) or not len(self._waiting):
+            return
+        overdue = self._find_overdue(now_s)
+
+        def is_admissible(sequence: Sequence) -> bool:
+            if sequence.adapter_id is None:
+                return True
+            if not self._residency.is_resident(sequence.adapter_id):
+                return False
+            if overdue is None or sequence.sequence_id < overdue.sequence_id:
+                return True
+            return self._residency.is_pinned(sequence.adapter_id)
+
+        for sequence in self._waiting.admissible(is_admissible):
+            # Without blocks the earliest waits, and a shorter later one must not overtake it.
+            if not self._blocks.admit(sequence, num_spare=len(self._running)):
+                break
+            self._start_running(sequence)
+            budget -= _add_chunk(chunks, sequence, budget)
+            if not self._has_room(budget):
+                break
+
+    def _has_room(self, budget: int) -> bool:
+        return budget > 0 and len(self._running) < self._limits.max_num_seqs
+
+    def _find_overdue(self, now_s: float) -> Sequence | None:
+        """The earliest sequence that has waited too long for a slot."""
+        for adapter_id in self._waiting.adapters():
+            blocked_s = self._demand.blocked_since_s(adapter_id)
+            if blocked_s is None:
+                continue
+            first = self._waiting.first(adapter_id)
+            if now_s - max(blocked_s, first.arrival_s) > self._limits.max_adapter_wait_s:
+                return first
+        return None
+
+    def _start_running(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=_arrival)
+        sequence.state = SequenceState.RUNNING
+        if sequence.adapter_id is not None:
+            self._residency.acquire(sequence.adapter_id)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.stats.num_prompt_tokens += sequence.num_prompt_tokens
+            self.stats.num_cached_prompt_tokens += sequence.num_cached_tokens
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        index = bisect_left(self._running, sequence.sequence_id, key=_arrival)
+        assert self._running[index] is sequence, "only a running sequence is stopped"
+        del self._running[index]
+        self._blocks.release(sequence)
+        if sequence.adapter_id is not None:
+            self._residency.release(sequence.adapter_id)
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.FINISHED
+        if sequence.adapter_id is not None:
+            self._residency.drop_request(sequence.adapter_id)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        sampling = sequence.sampling
+        num_output_tokens = sequence.num_output_tokens
+        if num_output_tokens >= sampling.min_tokens:
+            ends = not sampling.ignore_eos and token_id in self._limits.eos_token_ids
+            if ends or token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+        longest = self._limits.max_sequence_tokens
+        if num_output_tokens >= sequence.max_tokens or len(sequence.token_ids) >= longest:
+            return FinishReason.LENGTH
+        return None
+
+
+def _add_chunk(chunks: list[ScheduledChunk], sequence: Sequence, budget: int) -> int:
+    """Schedules as much of the sequence as ``budget`` allows; returns how much."""
+    start = sequence.num_computed_tokens
+    num_uncomputed = len(sequence.token_ids) - start
+    num_tokens = min(num_uncomputed, budget)
+    samples = num_tokens == num_uncomputed
+    chunks.append(ScheduledChunk(sequence, start, num_tokens, samples))
+    return num_tokens
+
+
+def _arrival(sequence: Sequence) -> SequenceId:
+    return sequence.sequence_id

@@ -1,0 +1,51 @@
+"""Puts together what the engine's threads know into one ``EngineStats``."""
+
+from dataclasses import dataclass
+
+from engine.commands import Snapshot
+from ipc.messages import CallId, EngineStats, Epoch
+
+
+@dataclass(frozen=True)
+class Capacities:
+    """What does not change while the engine lives."""
+
+    engine_epoch: Epoch
+    kv_blocks: int
+    pool_bytes: int
+
+
+def engine_stats(
+    call_id: CallId,
+    capacities: Capacities,
+    snapshot: Snapshot,
+    *,
+    loader_connected: bool,
+    num_stale_messages: int,
+) -> EngineStats:
+    """The answer to ``GetStats``."""
+    scheduler, adapters = snapshot.scheduler, snapshot.adapters
+    return EngineStats(
+        call_id=call_id,
+        engine_epoch=capacities.engine_epoch,
+        loader_connected=loader_connected,
+        num_running=snapshot.num_running,
+        num_waiting=snapshot.num_waiting,
+        num_waiting_for_adapter=snapshot.num_waiting_for_adapter,
+        kv_blocks_total=capacities.kv_blocks,
+        kv_blocks_used=snapshot.kv_blocks_used,
+        prompt_tokens_total=scheduler.num_prompt_tokens,
+        cached_prompt_tokens_total=scheduler.num_cached_prompt_tokens,
+        generation_tokens_total=scheduler.num_generated_tokens,
+        steps_total=snapshot.num_steps,
+        preemptions_total=scheduler.num_preemptions,
+        pool_bytes_total=capacities.pool_bytes,
+        pool_bytes_used=snapshot.pool_bytes_used,
+        adapters_resident=snapshot.adapters_resident,
+        adapter_loads_total=adapters.num_loads,
+        adapter_load_failures_total=adapters.num_load_failures,
+        adapter_load_seconds_total=adapters.load_seconds,
+        adapter_bytes_loaded_total=adapters.loaded_bytes,
+        adapter_evictions_total=adapters.num_evictions,
+        stale_chunks_total=num_stale_messages,
+    )

@@ -1,0 +1,331 @@
+"""A simulated machine under the real policy: a loader that is slow, fails and dies, a placer, a
+pool and a KV cache that remember what was written where, clients that come and go, and a clock.
+
+The pool and the cache hold stamps in place of tensors, so that "another adapter's weights" and
+"another prompt's keys" are found the moment a step would read them.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import assert_never
+
+from engine.adapter_actions import (
+    AbandonLoad,
+    BeginLoad,
+    FailRequests,
+    InstallAdapter,
+    RemoveAdapter,
+)
+from engine.plan import SampledToken, ScheduledChunk, StepPlan
+from engine.sequence import Sequence, SequenceState
+from ipc.errors import AdapterInvalid, Overloaded
+from ipc.image import ImageLayout
+from ipc.messages import AdapterId, FinishReason, Forget, LoadId, Residency, SamplingParams, Warm
+from tests.engine.builders import EOS, Policy, make_manifest, make_sequence
+
+WAIT_LIMIT_S = 0.5
+LOAD_TIMEOUT_S = 4.0
+POOL_BYTES = 40 * 1024
+NUM_BLOCKS = 16
+BLOCK_SIZE = 4
+MAX_TOKENS_IN_STEP = 24
+RANKS = (8, 16, 24, 32)
+MODULES = (("q_proj",), ("v_proj",), ("q_proj", "v_proj"))
+
+
+@dataclass(eq=False)
+class SimulatedLoad:
+    adapter_id: AdapterId
+    pieces: list[tuple[int, int]]
+    ends_s: float
+    fails: bool
+    abandoned: bool = False
+
+
+class Simulation:
+    """One engine's life; ``tick`` is one turn of the step loop, with all that may happen in it."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.policy = Policy(
+            pool_bytes=POOL_BYTES,
+            num_blocks=NUM_BLOCKS,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=6,
+            max_num_batched_tokens=MAX_TOKENS_IN_STEP,
+            max_sequence_tokens=48,
+            max_adapter_wait_s=WAIT_LIMIT_S,
+            load_timeout_s=LOAD_TIMEOUT_S,
+        )
+        self.now_s = 0.0
+        self.sequences: list[Sequence] = []
+        self.num_answers: dict[Sequence, int] = {}
+        self.registered: list[AdapterId] = []
+        self.forgotten: list[AdapterId] = []
+        self.num_adapters = 0
+        self.loader_is_there = False
+        self.loads: dict[LoadId, SimulatedLoad] = {}
+        self.extents: dict[AdapterId, list[tuple[int, int]]] = {}
+        self.stamps: dict[int, AdapterId] = {}
+        self.table: dict[AdapterId, list[tuple[int, int]]] = {}
+        self.keys: dict[tuple[int, int], int] = {}
+        self.starving_since_s: dict[AdapterId, float] = {}
+
+    # --- What others do --------------------------------------------------------------------
+
+    def register(self, pinned: bool) -> None:
+        self.num_adapters += 1
+        adapter_id = AdapterId(self.num_adapters)
+        manifest = make_manifest(adapter_id, self.rng.choice(RANKS), self.rng.choice(MODULES))
+        try:
+            self.policy.residency.add(adapter_id, manifest, pinned)
+        except (Overloaded, AdapterInvalid):
+            return
+        self.registered.append(adapter_id)
+
+    def unregister(self) -> None:
+        adapter_id = self.registered.pop(self.rng.randrange(len(self.registered)))
+        self.policy.residency.remove(adapter_id)
+
+    def repin(self) -> None:
+        adapter_id = self.rng.choice(self.registered)
+        try:
+            self.policy.residency.set_pinned(adapter_id, self.rng.random() < 0.3)
+        except Overloaded:
+            return
+
+    def request(self) -> None:
+        adapter_id = None
+        if self.registered and self.rng.random() < 0.8:
+            # Popularity is skewed, so that there are hot adapters and starving ones.
+            adapter_id = self.registered[int(self.rng.random() ** 2 * len(self.registered))]
+        shared = [7] * self.rng.choice((0, 4, 9))
+        prompt = shared + [self.rng.randrange(1, 4) for _ in range(self.rng.randint(1, 24))]
+        sequence = make_sequence(
+            len(self.sequences),
+            prompt,
+            adapter_id,
+            max_tokens=self.rng.randint(1, 20),
+            arrival_s=self.now_s,
+            sampling=SamplingParams(ignore_eos=self.rng.random() < 0.5),
+        )
+        self.sequences.append(sequence)
+        self.num_answers[sequence] = 0
+        self.policy.scheduler.add(sequence)
+
+    def cancel(self) -> None:
+        living = [s for s in self.sequences if s.state is not SequenceState.FINISHED]
+        if living:
+            sequence = self.rng.choice(living)
+            self.policy.scheduler.abort(sequence)
+            self._answered(sequence)
+
+    def start_loader(self) -> None:
+        self.loader_is_there = True
+        self.policy.residency.loader_connected()
+
+    def kill_loader(self) -> None:
+        self.loader_is_there = False
+        self.policy.residency.loader_lost()
+
+    def progress_loads(self) -> None:
+        for load_id, load in list(self.loads.items()):
+            if load.ends_s > self.now_s:
+                continue
+            if load.abandoned:
+                # A copy that was under way ends: the last moment at which the slot is written.
+                self._write(load)
+                del self.loads[load_id]
+                del self.extents[load.adapter_id]
+                self.policy.residency.load_abandoned(load_id)
+            elif self.loader_is_there and load.fails:
+                load.ends_s = float("inf")
+                self.policy.residency.load_failed(load_id, AdapterInvalid("a file has changed"))
+            elif self.loader_is_there:
+                self._write(load)
+                # The placer knows of it until the core has heard: it may be abandoned meanwhile.
+                load.ends_s = float("inf")
+                self.policy.residency.load_placed(load_id, self.now_s)
+
+    # --- The step loop -----------------------------------------------------------------------
+
+    def tick(self, cancels_while_running: bool = False) -> None:
+        policy = self.policy
+        self.now_s += self.rng.choice((0.001, 0.01, 0.05, 0.2))
+        self.progress_loads()
+        running_before = {s for s in self.sequences if s.state is SequenceState.RUNNING}
+        plan = policy.scheduler.schedule(self.now_s)
+        self._carry_out_actions()
+        self._check_bounded_waiting(plan, running_before)
+        self._check_plan(plan)
+        sampled = self._run(plan)
+        if cancels_while_running:
+            self.cancel()
+        for progress in policy.scheduler.complete(plan, sampled):
+            assert progress.sequence.token_ids[-1] == progress.sampled.token_id
+            if progress.finish_reason is not None:
+                assert progress.sequence.num_output_tokens <= progress.sequence.max_tokens
+                assert progress.finish_reason in FinishReason
+                self._answered(progress.sequence)
+        policy.slots.assert_consistent()
+        policy.blocks.assert_consistent()
+
+    def drain(self) -> None:
+        """Everything ends within a bounded number of turns once nothing goes wrong any more."""
+        for load in self.loads.values():
+            load.fails = False
+        if not self.loader_is_there:
+            self.start_loader()
+        for _ in range(3000):
+            if all(s.state is SequenceState.FINISHED for s in self.sequences):
+                break
+            self.tick()
+        assert all(count == 1 for count in self.num_answers.values())
+        policy = self.policy
+        policy.scheduler.assert_idle()
+        while self.registered:
+            self.unregister()
+        for _ in range(100):
+            self.tick()
+        assert not self.loads and not self.extents and not self.table
+        assert policy.pool.used_bytes == 0
+        assert len(set(self.forgotten)) == len(self.forgotten)
+        assert policy.residency.num_resident == 0
+
+    def _carry_out_actions(self) -> None:
+        for action in self.policy.residency.take_actions():
+            match action:
+                case BeginLoad():
+                    self._begin(action)
+                case AbandonLoad(load_id):
+                    load = self.loads[load_id]
+                    assert not load.abandoned
+                    load.abandoned = True
+                    load.ends_s = self.now_s + self.rng.choice((0.0, 0.3))
+                case InstallAdapter(adapter_id, _, layout, extents):
+                    self.loads = {i: x for i, x in self.loads.items() if x.adapter_id != adapter_id}
+                    self.table[adapter_id] = _pieces(extents, layout)
+                    assert self.table[adapter_id] == self.extents[adapter_id]
+                case RemoveAdapter(adapter_id):
+                    del self.table[adapter_id]
+                    del self.extents[adapter_id]
+                case FailRequests(adapter_id, error):
+                    assert str(error)
+                    for sequence in self.policy.scheduler.fail_adapter(adapter_id):
+                        self._answered(sequence)
+                case Warm(sources):
+                    assert self.loader_is_there
+                    assert len({source.path for source in sources}) == len(sources)
+                case Forget(adapter_id):
+                    assert adapter_id not in self.table
+                    self.forgotten.append(adapter_id)
+                    self.policy.blocks.forget_adapter(adapter_id)
+                case _:
+                    assert_never(action)
+
+    def _begin(self, action: BeginLoad) -> None:
+        assert self.loader_is_there
+        pieces = _pieces(action.extents, action.layout)
+        for start, end in pieces:
+            assert 0 <= start < end <= POOL_BYTES and start % 128 == 0
+            for owned in self.extents.values():
+                assert all(end <= s or e <= start for s, e in owned), "two slots overlap"
+        assert action.adapter_id not in self.extents
+        self.extents[action.adapter_id] = pieces
+        load = SimulatedLoad(
+            action.adapter_id,
+            pieces,
+            self.now_s + self.rng.choice((0.0, 0.02, 0.3, 1.0, 6.0)),
+            fails=self.rng.random() < 0.1,
+        )
+        self.loads[action.load_id] = load
+        self._write(load)
+
+    def _write(self, load: SimulatedLoad) -> None:
+        self.stamps.update((start, load.adapter_id) for start, _ in load.pieces)
+
+    def _run(self, plan: StepPlan) -> list[SampledToken]:
+        sampled = []
+        for chunk in plan.chunks:
+            self._compute(chunk)
+            if chunk.samples:
+                token = self.rng.choice((EOS, 1, 1, 2, 3))
+                sampled.append(SampledToken(token, None))
+        return sampled
+
+    def _compute(self, chunk: ScheduledChunk) -> None:
+        """Checks that every key that is read is this sequence's own, and writes the new ones."""
+        sequence = chunk.sequence
+        key = hash(sequence.adapter_id)
+        for position, token in enumerate(sequence.token_ids[: chunk.start + chunk.num_tokens]):
+            key = hash((key, token))
+            block = sequence.block_table[position // BLOCK_SIZE]
+            place = (block, position % BLOCK_SIZE)
+            if position < chunk.start:
+                assert self.keys[place] == key, "another prompt's keys"
+            else:
+                self.keys[place] = key
+
+    # --- Invariants ----------------------------------------------------------------------------
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        scheduled = [chunk.sequence for chunk in plan.chunks]
+        assert len(set(scheduled)) == len(scheduled)
+        assert plan.num_tokens <= MAX_TOKENS_IN_STEP
+        assert self.policy.scheduler.num_running <= 6
+        holders: dict[int, int] = {}
+        for sequence in self.sequences:
+            for block in sequence.block_table:
+                holders[block] = holders.get(block, 0) + 1
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            assert sequence.state is SequenceState.RUNNING
+            assert chunk.num_tokens > 0
+            end = chunk.start + chunk.num_tokens
+            assert chunk.samples == (end == len(sequence.token_ids))
+            for block in sequence.block_table[chunk.start // BLOCK_SIZE : -(-end // BLOCK_SIZE)]:
+                assert holders[block] == 1, "a step writes into a block that others read"
+            if sequence.adapter_id is not None:
+                pieces = self.table[sequence.adapter_id]
+                assert all(self.stamps[start] == sequence.adapter_id for start, _ in pieces)
+
+    def _check_bounded_waiting(self, plan: StepPlan, running_before: set[Sequence]) -> None:
+        residency = self.policy.residency
+        first: dict[AdapterId, Sequence] = {}
+        for sequence in self.sequences:
+            if sequence.adapter_id is not None and sequence.state is SequenceState.WAITING:
+                first.setdefault(sequence.adapter_id, sequence)
+        in_load = {load.adapter_id for load in self.loads.values()}
+        starving = {
+            adapter_id: self.starving_since_s.get(adapter_id, self.now_s)
+            for adapter_id in first
+            if self.loader_is_there
+            and adapter_id not in in_load
+            and residency.tier(adapter_id) is Residency.DISK
+        }
+        self.starving_since_s = starving
+        admitted = [
+            chunk.sequence
+            for chunk in plan.chunks
+            if chunk.sequence not in running_before and chunk.sequence.adapter_id is not None
+        ]
+        for adapter_id, since_s in starving.items():
+            waiting = first[adapter_id]
+            if self.now_s - max(since_s, waiting.arrival_s) <= WAIT_LIMIT_S:
+                continue
+            for sequence in admitted:
+                assert sequence.adapter_id is not None
+                assert sequence.sequence_id < waiting.sequence_id or residency.is_pinned(
+                    sequence.adapter_id
+                ), "a later sequence overtook one that has waited too long for a slot"
+
+    def _answered(self, sequence: Sequence) -> None:
+        self.num_answers[sequence] += 1
+        assert sequence.state is SequenceState.FINISHED
+        assert not sequence.block_table
+
+
+def _pieces(extents: tuple[int, ...], layout: ImageLayout) -> list[tuple[int, int]]:
+    """``(start, end)`` of every stage that has bytes."""
+    sizes = layout.stage_bytes
+    return [(start, start + size) for start, size in zip(extents, sizes, strict=True) if size]

@@ -1,0 +1,35 @@
+"""Scheduler, residency, pool and KV blocks together, against a machine that misbehaves."""
+
+import random
+
+import pytest
+
+from tests.engine.simulation import Simulation
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_every_request_ends_once_and_nothing_leaks_whatever_happens(case: int, seed: int) -> None:
+    rng = random.Random(f"{seed}-{case}")
+    simulation = Simulation(rng)
+    for _ in range(4):
+        simulation.register(pinned=False)
+    arrivals = rng.choice((0.15, 0.4, 0.8))
+    for _ in range(400):
+        chance = rng.random()
+        if chance < arrivals:
+            simulation.request()
+        if chance < 0.04:
+            simulation.register(pinned=rng.random() < 0.2)
+        elif chance < 0.06 and simulation.registered:
+            simulation.unregister()
+        elif chance < 0.08 and simulation.registered:
+            simulation.repin()
+        elif chance < 0.12:
+            simulation.cancel()
+        if simulation.loader_is_there:
+            if rng.random() < 0.02:
+                simulation.kill_loader()
+        elif rng.random() < 0.2:
+            simulation.start_loader()
+        simulation.tick(cancels_while_running=rng.random() < 0.05)
+    simulation.drain()
