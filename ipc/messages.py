@@ -113,9 +113,10 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
 
 
 class ListAdapters(msgspec.Struct, frozen=True, tag="list_adapters"):
-    """Answered with ``AdapterList``."""
+    """Answered with ``AdapterList``; only ``with_folder`` is the adapter folder looked into."""
 
     call_id: CallId
+    with_folder: bool = True
 
 
 class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):

@@ -42,8 +42,8 @@ def test_a_of_a_group_stand_together_and_their_b_follow() -> None:
 
 
 def test_a_rank_16_adapter_of_an_8b_llama_takes_the_bytes_that_its_values_take() -> None:
-    shapes = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096))
-    shapes += ((4096, 14336), (4096, 14336), (14336, 4096))
+    attention = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096)]
+    shapes = [*attention, (4096, 14336), (4096, 14336), (14336, 4096)]
     linears = tuple(
         LinearShape(name, name, *shape) for name, shape in zip(LINEAR_MODULES, shapes, strict=True)
     )

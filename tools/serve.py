@@ -1,0 +1,248 @@
+"""``sidestream serve``: from the command line to three configurations, and to a running server."""
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from api.config import ApiConfig
+from engine.config import EngineConfig, StartAdapter
+from ipc import log
+from ipc.endpoints import RunFolder
+from ipc.errors import InvalidRequest, Unavailable
+from loader.config import LoaderConfig
+from tools.child import ChildSpec
+from tools.options import SupervisorConfig, add_options, given_values
+from tools.supervisor import ServerSpec, Supervisor
+from tools.values import parse_name_and_path
+
+# Beside the drain: to close connections and to leave.
+_API_STOP_S = 5.0
+_ENGINE_STOP_S = 10.0
+_LOADER_STOP_S = 5.0
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """The configurations of one server's processes."""
+
+    loader: LoaderConfig
+    engine: EngineConfig
+    api: ApiConfig
+    supervisor: SupervisorConfig
+
+    def describe(self) -> str:
+        """``model tiny, 4 adapters, further ones in /adapters``"""
+        num_adapters = len(self.engine.adapters)
+        parts = [
+            f"model {self.engine.served_model_name}",
+            f"{num_adapters} adapter{'' if num_adapters == 1 else 's'}",
+        ]
+        if self.engine.lora_dir is not None:
+            parts.append(f"further ones in {self.engine.lora_dir}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class ReadyServer:
+    """A server that answers at ``url``; ``stop`` asks it to end in order, from any thread."""
+
+    url: str
+    seconds: float
+    stop: Callable[[], object]
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every argument of ``sidestream serve``."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="Folder of a model: config.json, safetensors, tokenizer."
+    )
+    parser.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="What requests call the base model (default: the name of its folder).",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=parse_name_and_path,
+        metavar="NAME=PATH",
+        help="Serve the adapter in the folder PATH as NAME. May be given again.",
+    )
+    parser.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Never evict this adapter of --lora or --lora-dir. May be given again.",
+    )
+    parser.add_argument(
+        "--lora-dir",
+        metavar="DIR",
+        help="Every subfolder is an adapter by its own name, looked at on first use.",
+    )
+    parser.add_argument(
+        "--adapter-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="Adapters below DIR may be loaded while the server runs. May be given again.",
+    )
+    add_options(parser)
+
+
+def plan_server(arguments: argparse.Namespace) -> ServePlan:
+    """The configurations that the command line asks for; every path in them is absolute.
+
+    Raises:
+        InvalidRequest: arguments that do not fit together, or a folder that is not there.
+    """
+    model = _folder(arguments.model, "MODEL")
+    name = arguments.served_model_name or model.name
+    lora_dir = _folder(arguments.lora_dir, "--lora-dir") if arguments.lora_dir else None
+    adapters = _start_adapters(arguments.lora, arguments.pin, lora_dir, name)
+    roots = [_folder(root, "--adapter-root") for root in arguments.adapter_root]
+    # ``dict`` keeps the order and drops what is named twice.
+    allowed = dict.fromkeys([*(adapter.path for adapter in adapters), *map(str, roots)])
+    supervisor = SupervisorConfig(**given_values(arguments, SupervisorConfig))
+    try:
+        return ServePlan(
+            loader=LoaderConfig(
+                adapter_roots=tuple(allowed),
+                lora_dir=str(lora_dir) if lora_dir else None,
+                **given_values(arguments, LoaderConfig),
+            ),
+            engine=EngineConfig(
+                model=str(model),
+                served_model_name=name,
+                adapters=adapters,
+                lora_dir=str(lora_dir) if lora_dir else None,
+                **given_values(arguments, EngineConfig),
+            ),
+            api=ApiConfig(
+                model=str(model),
+                served_model_name=name,
+                connect_timeout_s=supervisor.startup_timeout_s,
+                **given_values(arguments, ApiConfig),
+            ),
+            supervisor=supervisor,
+        )
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def server_spec(plan: ServePlan) -> ServerSpec:
+    """The three children of ``plan``, each run as a module by this very interpreter."""
+    start_s = plan.supervisor.startup_timeout_s
+
+    def child(name: str, config: msgspec.Struct, stop_s: float) -> ChildSpec:
+        return ChildSpec(name, (sys.executable, "-m", name), config, start_s, stop_s)
+
+    return ServerSpec(
+        loader=child("loader", plan.loader, _LOADER_STOP_S),
+        engine=child("engine", plan.engine, _ENGINE_STOP_S),
+        api=child("api", plan.api, plan.api.drain_s + _API_STOP_S),
+    )
+
+
+def serve(plan: ServePlan, announce: Callable[[ReadyServer], None]) -> int:
+    """Runs the server of ``plan`` until SIGINT, SIGTERM or ``ReadyServer.stop``; the exit status.
+
+    ``announce`` is called once, on the event loop. Status 0: every process ended in its time;
+    1: one had to be killed.
+
+    Raises:
+        Unavailable: the server could not start, and why.
+    """
+    level = plan.supervisor.log_level.value
+    log.configure("supervisor", level)
+    with reserve_port(plan.api.host, plan.api.port) as port:
+        settled = replace(plan, api=msgspec.structs.replace(plan.api, port=port))
+
+        async def run() -> bool:
+            loop = asyncio.get_running_loop()
+
+            def started(seconds: float) -> None:
+                stop = functools.partial(loop.call_soon_threadsafe, supervisor.stop)
+                announce(ReadyServer(_url(plan.api.host, port), seconds, stop))
+
+            run_folder = RunFolder.create(run_folder_parents())
+            supervisor = Supervisor(server_spec(settled), run_folder, level, started)
+            return await supervisor.run()
+
+        return 0 if uvloop.run(run()) else 1
+
+
+@contextlib.contextmanager
+def reserve_port(host: str, port: int) -> Iterator[int]:
+    """Keeps a port of ``host`` for this server's own children, also while none of them listens.
+
+    A socket that is bound and does not listen lets those bind that set SO_REUSEADDR, as every
+    server does, but is never chosen for somebody else's port 0.
+
+    Raises:
+        Unavailable: the address is not ours, or another server listens there.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM
+        )[0]
+        reserved = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise Unavailable(f"can not listen at {host}:{port}: {error.strerror}") from error
+    with reserved:
+        try:
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserved.bind(address)
+        except OSError as error:
+            raise Unavailable(f"can not listen at {host}:{port}: {error.strerror}") from error
+        yield int(reserved.getsockname()[1])
+
+
+def run_folder_parents() -> list[Path]:
+    """Where a run folder may be made, the best place first."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    places = [Path(runtime)] if runtime else []
+    return [*places, Path(tempfile.gettempdir()), Path("/tmp")]
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _folder(text: str, argument: str) -> Path:
+    path = Path(text).resolve()
+    if not path.is_dir():
+        raise InvalidRequest(f"{argument}: expected a folder, but there is none at {path}")
+    return path
+
+
+def _start_adapters(
+    named_paths: Sequence[tuple[str, str]], pins: Sequence[str], lora_dir: Path | None, base: str
+) -> tuple[StartAdapter, ...]:
+    adapters: dict[str, StartAdapter] = {}
+    for name, path in named_paths:
+        if name == base:
+            raise InvalidRequest(f"--lora {name}: the base model is called {name} already")
+        if name in adapters:
+            raise InvalidRequest(f"--lora {name}: this name was given twice")
+        folder = _folder(path, f"--lora {name}")
+        adapters[name] = StartAdapter(name, str(folder), pinned=name in pins)
+    for name in pins:
+        if name in adapters:
+            continue
+        if lora_dir is None or not (lora_dir / name).is_dir():
+            raise InvalidRequest(f"--pin {name}: no adapter of --lora or --lora-dir has this name")
+        adapters[name] = StartAdapter(name, str((lora_dir / name).resolve()), pinned=True)
+    return tuple(adapters.values())
