@@ -10,6 +10,7 @@ Source: CUDA driver API, "Virtual Memory Management", through ``cuda-bindings``.
 import ctypes
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from cuda.bindings import driver
@@ -32,22 +33,24 @@ class _Mapping:
     """``num_bytes`` of the memory behind ``handle``, readable and writable at ``address``."""
 
     def __init__(self, handle: Any, num_bytes: int, device: int) -> None:
-        self._handle = handle
-        self._num_bytes = num_bytes
-        pointer = checked(driver.cuMemAddressReserve, num_bytes, 0, driver.CUdeviceptr(0), 0)
-        self.address = int(pointer)
-        checked(driver.cuMemMap, pointer, num_bytes, 0, handle, 0)
-        access = driver.CUmemAccessDesc()
-        access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        access.location.id = device
-        access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        checked(driver.cuMemSetAccess, pointer, num_bytes, [access], 1)
+        """Owns ``handle``, also when it can not be mapped."""
+        with ExitStack() as undo:
+            undo.callback(checked, driver.cuMemRelease, handle)
+            pointer = checked(driver.cuMemAddressReserve, num_bytes, 0, driver.CUdeviceptr(0), 0)
+            undo.callback(checked, driver.cuMemAddressFree, pointer, num_bytes)
+            checked(driver.cuMemMap, pointer, num_bytes, 0, handle, 0)
+            undo.callback(checked, driver.cuMemUnmap, pointer, num_bytes)
+            access = driver.CUmemAccessDesc()
+            access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            access.location.id = device
+            access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+            checked(driver.cuMemSetAccess, pointer, num_bytes, [access], 1)
+            self.address = int(pointer)
+            self._undo = undo.pop_all()
 
     def close(self) -> None:
-        pointer = driver.CUdeviceptr(self.address)
-        checked(driver.cuMemUnmap, pointer, self._num_bytes)
-        checked(driver.cuMemAddressFree, pointer, self._num_bytes)
-        checked(driver.cuMemRelease, self._handle)
+        """Unmaps the memory; the last process that maps it gives it back."""
+        self._undo.close()
 
 
 class CudaRing:
@@ -78,25 +81,39 @@ class CudaRing:
 class CudaRingTarget:
     """The loader's end: copies on a stream of its own, in the device's primary context.
 
-    ``write`` and ``synchronize`` may be called on any one thread at a time.
+    ``write`` and ``synchronize`` may be called on any one thread at a time. Owns ``fd`` once it
+    is made; one that can not be made leaves nothing behind and ``fd`` the caller's.
+
+    Raises:
+        Unavailable: the driver refuses.
     """
 
     def __init__(self, fd: int, grant: RingGrant, device: int = 0) -> None:
-        checked(driver.cuInit, 0)
-        self._device = checked(driver.cuDeviceGet, device)
-        self._context = checked(driver.cuDevicePrimaryCtxRetain, self._device)
-        checked(driver.cuCtxSetCurrent, self._context)
         self.num_chunks = grant.num_chunks
         self.chunk_bytes = grant.chunk_bytes
-        properties = _allocation_properties(device)
-        num_bytes = _mapped_bytes(properties, grant.num_chunks * grant.chunk_bytes)
-        handle = checked(driver.cuMemImportFromShareableHandle, fd, _FD)
+        checked(driver.cuInit, 0)
+        cuda_device = checked(driver.cuDeviceGet, device)
+        with ExitStack() as undo:
+            self._context = checked(driver.cuDevicePrimaryCtxRetain, cuda_device)
+            undo.callback(checked, driver.cuDevicePrimaryCtxRelease, cuda_device)
+            checked(driver.cuCtxSetCurrent, self._context)
+            properties = _allocation_properties(device)
+            num_bytes = _mapped_bytes(properties, grant.num_chunks * grant.chunk_bytes)
+            handle = checked(driver.cuMemImportFromShareableHandle, fd, _FD)
+            self._mapping = _Mapping(handle, num_bytes, device)
+            undo.callback(self._mapping.close)
+            flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+            self._stream = checked(driver.cuStreamCreate, flags)
+            undo.callback(checked, driver.cuStreamDestroy, self._stream)
+            self._events = [self._make_event(undo) for _ in range(self.num_chunks)]
+            self._undo = undo.pop_all()
         os.close(fd)
-        self._mapping = _Mapping(handle, num_bytes, device)
-        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        self._stream = checked(driver.cuStreamCreate, flags)
+
+    def _make_event(self, undo: ExitStack) -> Any:
         event_flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-        self._events = [checked(driver.cuEventCreate, event_flags) for _ in range(self.num_chunks)]
+        event = checked(driver.cuEventCreate, event_flags)
+        undo.callback(checked, driver.cuEventDestroy, event)
+        return event
 
     def write(self, chunk: int, offset: int, source: memoryview) -> None:
         """Enqueues the copy and the event that ``synchronize`` waits for."""
@@ -111,13 +128,10 @@ class CudaRingTarget:
         checked(driver.cuEventSynchronize, self._events[chunk])
 
     def close(self) -> None:
+        """Waits for what was enqueued, then gives everything back; the engine's memory stays."""
         checked(driver.cuCtxSetCurrent, self._context)
         checked(driver.cuStreamSynchronize, self._stream)
-        for event in self._events:
-            checked(driver.cuEventDestroy, event)
-        checked(driver.cuStreamDestroy, self._stream)
-        self._mapping.close()
-        checked(driver.cuDevicePrimaryCtxRelease, self._device)
+        self._undo.close()
 
 
 def _allocation_properties(device: int) -> Any:

@@ -1,0 +1,43 @@
+"""The loader's process: ``python -m loader``, started by the supervisor."""
+
+import asyncio
+import signal
+import sys
+
+import uvloop
+
+from ipc.errors import Unavailable
+from ipc.process import Child, adopt
+from loader.config import LoaderConfig
+from loader.service import LoaderService
+
+
+async def serve(child: Child[LoaderConfig], service: LoaderService) -> None:
+    """Serves until SIGTERM."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    # Ready before there is an engine: which of the two starts first must not matter.
+    child.ready(f"host tier of {child.config.host_tier_bytes} bytes")
+    await service.run(stop)
+
+
+def main() -> int:
+    child = adopt(LoaderConfig)
+    try:
+        service = LoaderService(child.config, child.epoch, child.run_folder)
+    except OSError as error:
+        child.failed(
+            Unavailable(
+                f"no {child.config.host_tier_bytes} bytes for --host-tier-memory: {error.strerror}"
+            )
+        )
+        return 1
+    try:
+        uvloop.run(serve(child, service))
+    finally:
+        child.run_folder.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

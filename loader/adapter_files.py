@@ -1,0 +1,219 @@
+"""Opens an adapter's files, only under the allowed roots, and tells whether they have changed.
+
+Where a file lies is decided on the open descriptor (``/proc/self/fd``), not on its path: a path
+can be turned into another file's between a check and an open.
+"""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ipc.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    InvalidRequest,
+    SidestreamError,
+    Unavailable,
+)
+from ipc.messages import FileIdentity
+
+# A file's mtime comes from a clock that some kernels advance in steps of up to 10 ms: a file that
+# was written twice within a step looks the same after both.
+MTIME_GRANULARITY_NS = 20_000_000
+SETTLE_TIMEOUT_S = 2.0
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stamp:
+    """What tells that a file was written to while it was open.
+
+    The change time can not be set back, unlike the modification time; it does not belong to a
+    file's identity, because links and permissions move it as well.
+    """
+
+    identity: FileIdentity
+    ctime_ns: int
+    num_links: int
+
+    def is_other_than(self, earlier: "_Stamp") -> bool:
+        if self.identity != earlier.identity:
+            return True
+        # A file that was replaced or removed by name has lost a link; its bytes are what they were.
+        return self.ctime_ns != earlier.ctime_ns and self.num_links >= earlier.num_links
+
+
+class AdapterFiles:
+    """The open files of one adapter, as they were when they were opened. Owns its descriptors."""
+
+    def __init__(self, folder: str, names: Sequence[str], fds: Sequence[int]) -> None:
+        self.folder = folder
+        self.names = tuple(names)
+        self.fds = tuple(fds)
+        self._closed = False
+        self._stamps = tuple(self._stamp(index) for index in range(len(fds)))
+
+    @property
+    def identities(self) -> tuple[FileIdentity, ...]:
+        return tuple(stamp.identity for stamp in self._stamps)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.folder, self.names[index])
+
+    def check_unchanged(self) -> None:
+        """Raises ``AdapterInvalid`` if a file was written to since it was opened."""
+        for index, stamp in enumerate(self._stamps):
+            if self._stamp(index).is_other_than(stamp):
+                raise AdapterInvalid(f"{self.path(index)} changed while it was read")
+
+    def settled(self) -> bool:
+        """Whether any later write is certain to change a file's identity."""
+        now = time.time_ns()
+        return all(
+            abs(now - stamp.identity.mtime_ns) >= MTIME_GRANULARITY_NS for stamp in self._stamps
+        )
+
+    def close(self) -> None:
+        """Closes every descriptor; closing twice is allowed."""
+        if not self._closed:
+            self._closed = True
+            for fd in self.fds:
+                os.close(fd)
+
+    def _stamp(self, index: int) -> _Stamp:
+        status = os.fstat(self.fds[index])
+        identity = FileIdentity(
+            self.names[index], status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        )
+        return _Stamp(identity, status.st_ctime_ns, status.st_nlink)
+
+
+class AdapterFolders:
+    """The folders in which adapters may lie. Stateless beyond its configuration."""
+
+    def __init__(self, roots: Sequence[str], lora_dir: str | None) -> None:
+        self._lora_dir = lora_dir
+        allowed = [*roots, *([] if lora_dir is None else [lora_dir])]
+        self._roots = tuple(os.path.realpath(root) for root in allowed)
+
+    def resolve(self, path: str) -> str:
+        """The folder at ``path``, absolute and free of symbolic links.
+
+        Raises:
+            InvalidRequest: the path is not absolute, or leads outside of the allowed roots.
+            AdapterNotFound: there is nothing.
+            AdapterInvalid: there is something else than a folder.
+        """
+        if not os.path.isabs(path) or "\0" in path:
+            raise InvalidRequest(f"adapter path {path!r} is not an absolute path", param="path")
+        try:
+            real = os.path.realpath(path)
+            self._check_allowed(path, real)
+            status = os.stat(real)
+        except (FileNotFoundError, NotADirectoryError):
+            raise AdapterNotFound(f"no adapter folder at {path}", param="path") from None
+        except OSError as error:
+            raise _cannot("look at", path, error) from error
+        if not stat.S_ISDIR(status.st_mode):
+            if path.endswith(".gguf"):
+                raise AdapterInvalid(f"{path}: GGUF adapters can not be served", param="path")
+            raise AdapterInvalid(f"{path} is no folder; expected one as PEFT saves", param="path")
+        return real
+
+    def resolve_name(self, name: str) -> str:
+        """The folder of the adapter called ``name`` in the adapter folder.
+
+        Raises:
+            InvalidRequest: the name could lead elsewhere.
+            AdapterNotFound: there is no adapter folder, or nothing of that name in it.
+        """
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise InvalidRequest(f"adapter name {name!r} is not a folder's name", param="model")
+        if self._lora_dir is None:
+            raise AdapterNotFound(f"no adapter is called {name!r}", param="model")
+        path = os.path.join(self._lora_dir, name)
+        try:
+            return self.resolve(path)
+        except AdapterNotFound:
+            raise AdapterNotFound(f"no adapter is called {name!r}", param="model") from None
+
+    def list_names(self) -> list[str]:
+        """Names of the adapter folder's subfolders, sorted; hidden ones are left out."""
+        if self._lora_dir is None:
+            return []
+        try:
+            with os.scandir(self._lora_dir) as entries:
+                return sorted(
+                    entry.name
+                    for entry in entries
+                    if not entry.name.startswith(".") and _is_text(entry.name) and entry.is_dir()
+                )
+        except OSError as error:
+            raise _cannot("list", self._lora_dir, error) from error
+
+    def open(self, folder: str, names: Sequence[str]) -> AdapterFiles:
+        """Opens the files ``names`` of a resolved ``folder``; links out of the roots are refused.
+
+        Raises:
+            AdapterInvalid: a file is missing, is no regular file, or can not be opened.
+            AdapterNotFound: the folder is gone.
+            InvalidRequest: a file lies outside of the allowed roots.
+        """
+        fds: list[int] = []
+        try:
+            for name in names:
+                fds.append(self._open_file(folder, name))
+            return AdapterFiles(folder, names, fds)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def _open_file(self, folder: str, name: str) -> int:
+        path = os.path.join(folder, name)
+        try:
+            # Non-blocking, lest a FIFO of that name holds the thread for ever.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            if not os.path.isdir(folder):
+                raise AdapterNotFound(f"no adapter folder at {folder}", param="path") from None
+            raise AdapterInvalid(f"{folder} has no {name}") from None
+        except OSError as error:
+            raise _cannot("open", path, error) from error
+        try:
+            self._check_allowed(path, os.readlink(f"/proc/self/fd/{fd}"))
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise AdapterInvalid(f"{path} is no regular file")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _check_allowed(self, path: str, real: str) -> None:
+        for root in self._roots:
+            if real == root or real.startswith(root.rstrip("/") + "/"):
+                return
+        roots = ", ".join(self._roots) or "none"
+        raise InvalidRequest(
+            f"adapter path {path} lies outside of the allowed roots ({roots})", param="path"
+        )
+
+
+def _cannot(verb: str, path: str, error: OSError) -> SidestreamError:
+    message = f"can not {verb} {path}: {error.strerror}"
+    if error.errno in _SHORTAGES:
+        return Unavailable(message, retry_after_s=1.0)
+    return AdapterInvalid(message)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can travel in a message."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

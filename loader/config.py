@@ -1,0 +1,40 @@
+"""The loader's configuration, as the supervisor hands it over. Defaults live here alone."""
+
+import os
+
+import msgspec
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+
+class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the loader may use and where it may look.
+
+    ``adapter_roots`` and ``lora_dir`` are absolute; no file outside of them is ever read.
+    ``host_tier_bytes`` is the whole memory for adapter images, so it bounds each of them.
+    ``inject_read_delay_s`` is for tests alone: every block of a file is held back that long
+    before it is read, as a slow disk would; a small adapter is one block.
+    """
+
+    host_tier_bytes: int = 4 * GiB
+    adapter_roots: tuple[str, ...] = ()
+    lora_dir: str | None = None
+    num_read_threads: int = 8
+    read_block_bytes: int = 4 * MiB
+    inject_read_delay_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("host_tier_bytes", "num_read_threads", "read_block_bytes"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"{name} must be greater than 0, got {value}")
+        if not 0.0 <= self.inject_read_delay_s < float("inf"):
+            raise ValueError(f"inject_read_delay_s must be ≥ 0, got {self.inject_read_delay_s}")
+        for name, paths in (
+            ("adapter_roots", self.adapter_roots),
+            ("lora_dir", () if self.lora_dir is None else (self.lora_dir,)),
+        ):
+            for path in paths:
+                if not os.path.isabs(path):
+                    raise ValueError(f"{name} must be absolute, got {path!r}")

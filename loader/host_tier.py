@@ -1,0 +1,227 @@
+"""The host tier: images in one arena of host memory with a byte budget.
+
+| state   | bytes                      | evictable           | left by                          |
+|---------|----------------------------|---------------------|----------------------------------|
+| FILLING | come in, front to back     | no                  | ``complete``, ``discard``        |
+| WHOLE   | one verified generation's  | while nobody has it | eviction, ``forget``: gone       |
+| GONE    | anybody's soon             |                     |                                  |
+
+An image that is forgotten while it is in use is no longer found, and leaves once it is let go.
+
+An image takes one extent per stage, as it does in the GPU's pool: in steady state free ranges
+are as large as the small adapters that have left, and one range for a whole large adapter would
+cost far more evictions than its bytes do.
+"""
+
+import contextlib
+import mmap
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from enum import Enum
+
+from ipc.image import ImageLayout
+from ipc.messages import AdapterId, Generation, HostTierChanged
+from loader.free_list import FreeList
+
+
+class ImageState(Enum):
+    FILLING = "filling"
+    WHOLE = "whole"
+    GONE = "gone"
+
+
+class HostImage:
+    """One adapter's image in the arena.
+
+    While it is FILLING, the reader's threads set ``num_ready``, ``read_s`` and ``verified``, in
+    this order, and other threads look at them: ``num_ready`` bytes are in place, reading all of
+    them took ``read_s``, and they are of one generation if ``verified``. Everything else belongs
+    to the host tier's thread.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        layout: ImageLayout,
+        extents: dict[int, int],
+        arena: memoryview,
+    ) -> None:
+        self.generation = generation
+        self.layout = layout
+        self.extents = extents
+        self.num_ready = 0
+        self.read_s = 0.0
+        self.verified = False
+        self.state = ImageState.FILLING
+        self.num_users = 0
+        self._arena = arena
+
+    @property
+    def num_bytes(self) -> int:
+        return self.layout.num_bytes
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether ``[start, stop)`` may be sent; the image's last byte only when verified."""
+        return stop <= self.num_ready and (stop < self.num_bytes or self.verified)
+
+    def stage(self, stage: int) -> memoryview:
+        """A stage's bytes, writable."""
+        num_bytes = self.layout.stages[stage].num_bytes
+        start = self.extents[stage] if num_bytes else 0
+        return self._arena[start : start + num_bytes]
+
+    def views(self, start: int, stop: int) -> Iterator[memoryview]:
+        """The bytes ``[start, stop)`` of the image, in order, in as few pieces as they lie."""
+        for index, extent in self.extents.items():
+            stage = self.layout.stages[index]
+            first = max(start, stage.offset) - stage.offset
+            last = min(stop, stage.offset + stage.num_bytes) - stage.offset
+            if first < last:
+                yield self._arena[extent + first : extent + last]
+
+
+class HostTier:
+    """Owns the arena and knows every image in it. Belongs to one thread."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        arena = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # A kernel without huge pages serves as well, slower.
+            arena.madvise(mmap.MADV_HUGEPAGE)
+        self._arena = memoryview(arena)
+        self._free = FreeList(num_bytes)
+        # Whole images, least recently used first.
+        self._images: OrderedDict[Generation, HostImage] = OrderedDict()
+        self._added: set[AdapterId] = set()
+        self._removed: set[AdapterId] = set()
+
+    @property
+    def used_bytes(self) -> int:
+        return self.num_bytes - self._free.num_free
+
+    def find(self, generation: Generation) -> HostImage | None:
+        """The whole image of this very generation, now the most recently used."""
+        image = self._images.get(generation)
+        if image is not None:
+            self._images.move_to_end(generation)
+        return image
+
+    def __contains__(self, generation: Generation) -> bool:
+        return generation in self._images
+
+    def idle(self) -> list[Generation]:
+        """Whole images that nobody has in use, least recently used first."""
+        return [g for g, image in self._images.items() if image.num_users == 0]
+
+    def reserve(
+        self, generation: Generation, layout: ImageLayout, victims: Iterable[Generation]
+    ) -> HostImage | None:
+        """Room for an image, now FILLING and in use once by the caller.
+
+        As many ``victims`` (idle images) are evicted, in their order, as that takes. None, and
+        nothing evicted, if the free bytes and all victims' together would not be enough; None
+        also if they are, but in pieces too small for a stage.
+        """
+        victims = list(victims)
+        evictable = sum(self._images[victim].num_bytes for victim in victims)
+        if layout.num_bytes > self._free.num_free + evictable:
+            return None
+        remaining = iter(victims)
+        while True:
+            if self._free.num_free >= layout.num_bytes:
+                extents = self._allocate(layout)
+                if extents is not None:
+                    image = HostImage(generation, layout, extents, self._arena)
+                    image.num_users = 1
+                    return image
+            victim = next(remaining, None)
+            if victim is None:
+                return None
+            self._remove(victim)
+
+    def complete(self, image: HostImage) -> None:
+        """The image is whole and verified: it is found from now on. Still in use by the caller."""
+        assert image.state is ImageState.FILLING and image.verified
+        assert image.num_ready == image.num_bytes
+        for generation in self._of(image.generation.counter):
+            self._remove(generation)
+        image.state = ImageState.WHOLE
+        self._images[image.generation] = image
+        self._note(image.generation.counter, self._added, self._removed)
+
+    def discard(self, image: HostImage) -> None:
+        """The image, FILLING, will never be whole; its room is free once it is let go."""
+        assert image.state is ImageState.FILLING
+        image.state = ImageState.GONE
+
+    def use(self, image: HostImage) -> None:
+        """The image stays where it is until a matching ``let_go``."""
+        assert image.state is not ImageState.GONE
+        image.num_users += 1
+
+    def let_go(self, image: HostImage) -> None:
+        """Ends one ``use``."""
+        assert image.num_users > 0
+        image.num_users -= 1
+        if image.num_users == 0 and image.state is ImageState.GONE:
+            self._free_extents(image)
+
+    def forget(self, adapter_id: AdapterId) -> None:
+        """The adapter's image is not found any more."""
+        for generation in self._of(adapter_id):
+            self._remove(generation)
+
+    def clear(self) -> None:
+        """No image is found any more."""
+        for generation in list(self._images):
+            self._remove(generation)
+
+    def take_changes(self) -> HostTierChanged | None:
+        """What came and left since the last call; None if nothing did."""
+        if not self._added and not self._removed:
+            return None
+        changes = HostTierChanged(sorted(self._added), sorted(self._removed), self.used_bytes)
+        self._added.clear()
+        self._removed.clear()
+        return changes
+
+    def describe(self) -> HostTierChanged:
+        """All that is there, for one who knows nothing yet; earlier changes are settled by it."""
+        self._added.clear()
+        self._removed.clear()
+        ids = sorted(generation.counter for generation in self._images)
+        return HostTierChanged(ids, [], self.used_bytes)
+
+    def _of(self, adapter_id: AdapterId) -> list[Generation]:
+        return [generation for generation in self._images if generation.counter == adapter_id]
+
+    def _remove(self, generation: Generation) -> None:
+        image = self._images.pop(generation)
+        image.state = ImageState.GONE
+        self._note(generation.counter, self._removed, self._added)
+        if image.num_users == 0:
+            self._free_extents(image)
+
+    def _note(self, adapter_id: AdapterId, change: set[AdapterId], reverse: set[AdapterId]) -> None:
+        # One who was told of neither needs to be told of neither; told of both, of the last.
+        if adapter_id in reverse:
+            reverse.discard(adapter_id)
+        else:
+            change.add(adapter_id)
+
+    def _allocate(self, layout: ImageLayout) -> dict[int, int] | None:
+        extents: dict[int, int] = {}
+        for index, stage in enumerate(layout.stages):
+            if not stage.num_bytes:
+                continue
+            start = self._free.allocate(stage.num_bytes)
+            if start is None:
+                for taken, extent in extents.items():
+                    self._free.free(extent, layout.stages[taken].num_bytes)
+                return None
+            extents[index] = start
+        return extents
+
+    def _free_extents(self, image: HostImage) -> None:
+        for index, extent in image.extents.items():
+            self._free.free(extent, image.layout.stages[index].num_bytes)

@@ -1,0 +1,195 @@
+"""Answers what an adapter is, and opens it again later as exactly that."""
+
+import hashlib
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ipc.base_model import BaseModel
+from ipc.errors import AdapterInvalid
+from ipc.messages import AdapterId, AdapterSource, Generation, Manifest
+from loader.adapter_files import (
+    MTIME_GRANULARITY_NS,
+    SETTLE_TIMEOUT_S,
+    AdapterFiles,
+    AdapterFolders,
+)
+from loader.peft_adapter import CONFIG_NAME, TENSORS_NAME, plan_adapter
+from loader.peft_config import parse_config
+from loader.plan import AdapterPlan
+from loader.safetensors_header import read_header
+
+MAX_CONFIG_BYTES = 1 << 20
+# A plan takes up to some hundreds of kilobytes, and some milliseconds to make again.
+NUM_CACHED_PLANS = 64
+
+_FILE_NAMES = (CONFIG_NAME, TENSORS_NAME)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAdapter:
+    """An adapter that is ready to be read; ``files`` are the receiver's to close."""
+
+    files: AdapterFiles
+    plan: AdapterPlan
+
+
+class Inspector:
+    """Reads configurations and headers against one base model. Safe to use from many threads."""
+
+    def __init__(
+        self,
+        folders: AdapterFolders,
+        base: BaseModel,
+        max_lora_rank: int,
+        host_tier_bytes: int,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.base = base
+        self.max_lora_rank = max_lora_rank
+        self._folders = folders
+        self._host_tier_bytes = host_tier_bytes
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[Generation, AdapterPlan] = OrderedDict()
+
+    def inspect(self, adapter_id: AdapterId, path: str) -> Manifest:
+        """What the adapter at ``path`` is, complete and checked against the base.
+
+        Files that were written to a moment ago are looked at again a moment later, so that any
+        write after this call changes the generation.
+
+        Raises:
+            InvalidRequest: the path is not allowed.
+            AdapterNotFound: nothing lies there.
+            AdapterInvalid: the adapter could not be served exactly as it is written.
+        """
+        return self._inspect(adapter_id, self._folders.resolve(path))
+
+    def inspect_name(self, adapter_id: AdapterId, name: str) -> Manifest:
+        """As ``inspect``, for the adapter called ``name`` in the adapter folder."""
+        return self._inspect(adapter_id, self._folders.resolve_name(name))
+
+    def open(self, source: AdapterSource) -> OpenAdapter:
+        """Opens the adapter's files if they still are of the source's generation.
+
+        Raises:
+            AdapterInvalid: they have changed, or are gone.
+            SidestreamError: as ``inspect``.
+        """
+        folder = self._folders.resolve(source.path)
+        files = self._folders.open(folder, _FILE_NAMES)
+        try:
+            self._check_identity(files, source)
+            plan = self._cached(source.generation)
+            if plan is None:
+                plan, digest = self._read(files)
+                if digest != source.generation.digest:
+                    raise _changed(folder)
+                self._remember(source.generation, plan)
+            return OpenAdapter(files, plan)
+        except BaseException:
+            files.close()
+            raise
+
+    def _inspect(self, adapter_id: AdapterId, folder: str) -> Manifest:
+        _check_format(folder)
+        deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+        while True:
+            files = self._folders.open(folder, _FILE_NAMES)
+            try:
+                if files.settled():
+                    plan, digest = self._read(files)
+                    files.check_unchanged()
+                    generation = Generation(adapter_id, files.identities, digest)
+                    break
+            finally:
+                files.close()
+            if time.monotonic() > deadline_s:
+                raise AdapterInvalid(f"{folder} is being written to: its files do not settle")
+            self._sleep(MTIME_GRANULARITY_NS / 1e9)
+        self._remember(generation, plan)
+        return Manifest(
+            path=folder,
+            generation=generation,
+            format=plan.format,
+            modules=plan.modules,
+            max_rank=plan.max_rank,
+            image_bytes=plan.layout.num_bytes,
+            file_bytes=plan.file_bytes,
+        )
+
+    def _read(self, files: AdapterFiles) -> tuple[AdapterPlan, str]:
+        """The plan and the digest of the bytes that it was made from."""
+        config_file, tensor_file = range(len(_FILE_NAMES))
+        config_bytes = _read_whole(files, config_file)
+        config = parse_config(config_bytes, CONFIG_NAME)
+        header = read_header(
+            files.fds[tensor_file], files.identities[tensor_file].num_bytes, TENSORS_NAME
+        )
+        plan = plan_adapter(config, header.tensors, self.base, self.max_lora_rank, tensor_file)
+        if plan.layout.num_bytes > self._host_tier_bytes:
+            raise AdapterInvalid(
+                f"{files.folder}: its image takes {plan.layout.num_bytes} bytes, more than all of"
+                f" --host-tier-memory, {self._host_tier_bytes}"
+            )
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (config_bytes, header.payload):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return plan, digest.hexdigest()
+
+    def _check_identity(self, files: AdapterFiles, source: AdapterSource) -> None:
+        if files.identities != source.generation.files:
+            raise _changed(files.folder)
+
+    def _cached(self, generation: Generation) -> AdapterPlan | None:
+        with self._lock:
+            plan = self._plans.get(generation)
+            if plan is not None:
+                self._plans.move_to_end(generation)
+            return plan
+
+    def _remember(self, generation: Generation, plan: AdapterPlan) -> None:
+        with self._lock:
+            self._plans[generation] = plan
+            while len(self._plans) > NUM_CACHED_PLANS:
+                self._plans.popitem(last=False)
+
+
+def _check_format(folder: str) -> None:
+    """Says what a folder without a safetensors file has instead, if that is known."""
+    try:
+        names = set(os.listdir(folder))
+    except OSError:
+        return  # Opening the files will say what is wrong.
+    if TENSORS_NAME in names:
+        return
+    if "adapter_model.bin" in names:
+        raise AdapterInvalid(
+            f"{folder} has adapter_model.bin, a pickle, which can run code when it is read: save"
+            f" the adapter as {TENSORS_NAME} (PEFT: safe_serialization=True)"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        raise AdapterInvalid(f"{folder}: GGUF adapters can not be served, only {TENSORS_NAME}")
+
+
+def _read_whole(files: AdapterFiles, index: int) -> bytes:
+    num_bytes = files.identities[index].num_bytes
+    if num_bytes > MAX_CONFIG_BYTES:
+        raise AdapterInvalid(
+            f"{files.path(index)} has {num_bytes} bytes, expected at most {MAX_CONFIG_BYTES}"
+        )
+    payload = os.pread(files.fds[index], num_bytes, 0)
+    if len(payload) != num_bytes:
+        raise AdapterInvalid(f"{files.path(index)} was cut short while it was read")
+    return payload
+
+
+def _changed(folder: str) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"the files in {folder} are not those that were registered: they have changed since"
+    )

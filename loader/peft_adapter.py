@@ -1,0 +1,191 @@
+"""Turns a PEFT folder's configuration and tensor header into a plan, or says what is wrong.
+
+A tensor is called ``base_model.model.<module path>.lora_A.weight`` (``[r, in]``) or
+``.lora_B.weight`` (``[out, r]``). Every tensor must belong to a module that the configuration
+targets, and every targeted module must have its two.
+
+Source: ``get_peft_model_state_dict`` of PEFT 0.21.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ipc.base_model import BaseModel, LinearShape
+from ipc.errors import AdapterInvalid
+from ipc.image import AdapterModule, EntryKind, layout_image
+from loader.peft_config import PeftConfig
+from loader.plan import AdapterPlan, TensorPlan
+from loader.safetensors_header import FileTensor, TensorDType
+from loader.strict_json import shorten
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+FORMAT = "peft"
+
+READABLE_DTYPES = (TensorDType.F32, TensorDType.F16, TensorDType.BF16)
+
+_TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.weight")
+_KINDS = {"lora_A": EntryKind.LORA_A, "lora_B": EntryKind.LORA_B}
+# What tensors that can not be served are, by a part of their names.
+_UNSERVED = {
+    "lora_embedding_": "an embedding's pair",
+    "lora_magnitude_vector": "DoRA",
+    "embed_tokens": "an embedding",
+    "lm_head": "the output head",
+    ".bias": "a bias",
+    "absmax": "a quantized tensor",
+    "quant_": "a quantized tensor",
+    "weight_scale": "a quantized tensor",
+    "weight_packed": "a quantized tensor",
+    ".SCB": "a quantized tensor",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """A linear layer of the base: ``path`` from the base model's root."""
+
+    path: str
+    layer: int
+    shape: LinearShape
+
+    @property
+    def short_path(self) -> str:
+        return self.path.removeprefix("model.")
+
+
+def plan_adapter(
+    config: PeftConfig,
+    tensors: tuple[FileTensor, ...],
+    base: BaseModel,
+    max_lora_rank: int,
+    tensor_file: int,
+) -> AdapterPlan:
+    """The plan of an adapter whose tensors are those of file ``tensor_file``.
+
+    Raises:
+        AdapterInvalid: a tensor is unknown, missing or misshapen, or a rank is too high.
+    """
+    pairs: dict[str, dict[EntryKind, FileTensor]] = {}
+    known = {module.path: module for module in _modules(base)}
+    for tensor in tensors:
+        path, kind = _place(tensor, known, base)
+        pairs.setdefault(path, {})[kind] = tensor
+
+    modules = []
+    for path, module in known.items():
+        targeted = config.is_targeted(path, module.layer)
+        pair = pairs.get(path)
+        if pair is not None and not targeted:
+            raise AdapterInvalid(
+                f"{TENSORS_NAME} has tensors of {module.short_path}, which {CONFIG_NAME} does not"
+                " target"
+            )
+        if targeted:
+            rank = _check_pair(module, pair or {}, config, max_lora_rank)
+            modules.append(
+                AdapterModule(
+                    base.layer_stage(module.layer),
+                    module.shape.name,
+                    rank,
+                    config.scaling_of(path),
+                )
+            )
+    if not modules:
+        raise AdapterInvalid(
+            f"{CONFIG_NAME} targets no linear layer of the base: target_modules is"
+            f" {shorten(list(config.target_modules))}",
+            param="target_modules",
+        )
+
+    layout = layout_image(base, modules)
+    paths = {(base.layer_stage(m.layer), m.shape.name): m.path for m in known.values()}
+    plans = []
+    for stage_index, stage in enumerate(layout.stages):
+        for entry in stage.entries:
+            tensor = pairs[paths[stage_index, entry.module]][entry.kind]
+            rows, columns = tensor.shape
+            plans.append(
+                TensorPlan(
+                    tensor.name,
+                    tensor_file,
+                    tensor.offset,
+                    tensor.dtype,
+                    rows,
+                    columns,
+                    stage_index,
+                    entry,
+                )
+            )
+    return AdapterPlan(FORMAT, tuple(modules), layout, base.dtype, tuple(plans))
+
+
+def _modules(base: BaseModel) -> Iterator[_Module]:
+    for layer in range(base.num_layers):
+        for shape in base.linears:
+            yield _Module(f"model.layers.{layer}.{shape.path}", layer, shape)
+
+
+def _place(tensor: FileTensor, known: dict[str, _Module], base: BaseModel) -> tuple[str, EntryKind]:
+    match = _TENSOR_NAME.fullmatch(tensor.name)
+    if match is None or match[1] not in known:
+        for part, meaning in _UNSERVED.items():
+            if part in tensor.name:
+                raise AdapterInvalid(
+                    f"{TENSORS_NAME}: tensor {shorten(tensor.name, 160)} is of {meaning}, which"
+                    " can not be served"
+                )
+        raise AdapterInvalid(
+            f"{TENSORS_NAME}: tensor {shorten(tensor.name, 160)} is of no module of the base;"
+            f" expected base_model.model.model.layers.N.<linear layer>.lora_A.weight or"
+            f" .lora_B.weight with N below {base.num_layers}"
+        )
+    if tensor.dtype not in READABLE_DTYPES:
+        raise AdapterInvalid(
+            f"{TENSORS_NAME}: tensor {tensor.name!r} is {tensor.dtype.value}, expected"
+            f" {', '.join(dtype.value for dtype in READABLE_DTYPES)}"
+        )
+    return match[1], _KINDS[match[2]]
+
+
+def _check_pair(
+    module: _Module,
+    pair: dict[EntryKind, FileTensor],
+    config: PeftConfig,
+    max_lora_rank: int,
+) -> int:
+    """The rank of a targeted module's pair."""
+    for name, kind in _KINDS.items():
+        if kind not in pair:
+            raise AdapterInvalid(
+                f"{module.short_path} is targeted by {CONFIG_NAME}, but {TENSORS_NAME} has no"
+                f" {name} of it"
+            )
+    a, b = pair[EntryKind.LORA_A], pair[EntryKind.LORA_B]
+    if len(a.shape) != 2 or a.shape[1] != module.shape.in_features:
+        raise _misshapen(a, f"[r, {module.shape.in_features}]")
+    if len(b.shape) != 2 or b.shape[0] != module.shape.out_features:
+        raise _misshapen(b, f"[{module.shape.out_features}, r]")
+    rank = a.shape[0]
+    if b.shape[1] != rank:
+        raise AdapterInvalid(
+            f"lora_A has rank {rank} but lora_B has rank {b.shape[1]} in {module.short_path}"
+        )
+    expected = config.rank_of(module.path)
+    if rank != expected:
+        raise AdapterInvalid(
+            f"rank {rank} in {module.short_path} differs from {CONFIG_NAME}, which says {expected}"
+        )
+    if rank > max_lora_rank:
+        raise AdapterInvalid(
+            f"rank {rank} in {module.short_path} exceeds --max-lora-rank {max_lora_rank}"
+        )
+    return rank
+
+
+def _misshapen(tensor: FileTensor, expected: str) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"{TENSORS_NAME}: tensor {tensor.name!r} has shape {list(tensor.shape)}, expected"
+        f" {expected}"
+    )

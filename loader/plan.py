@@ -1,0 +1,46 @@
+"""How an adapter's files become its image: the same few facts, whatever format the files have."""
+
+from dataclasses import dataclass
+
+from ipc.base_model import DType
+from ipc.image import AdapterModule, Entry, ImageLayout
+from loader.safetensors_header import TensorDType
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """Where the bytes of one entry of an image come from.
+
+    The file holds ``[rows, columns]`` of ``dtype``, row-major, from ``file_offset`` on. They are
+    cast to the image's dtype; rows and columns that the entry has beyond them are zeros.
+    ``file`` is an index into the adapter's files.
+    """
+
+    name: str
+    file: int
+    file_offset: int
+    dtype: TensorDType
+    rows: int
+    columns: int
+    stage: int
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """All that reading an adapter takes; ``tensors`` are in the order of the image's bytes."""
+
+    format: str
+    modules: tuple[AdapterModule, ...]
+    layout: ImageLayout
+    dtype: DType
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def max_rank(self) -> int:
+        return max(module.rank for module in self.modules)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that are read of the files' tensors."""
+        return sum(t.rows * t.columns * t.dtype.num_bytes for t in self.tensors)

@@ -1,0 +1,219 @@
+"""The loader's main loop: finds its engine, does what it asks, finds the next one.
+
+Everything here runs on the event loop; files are opened and read, and the ring is written, on
+threads that report back to it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, assert_never
+
+import zmq.asyncio
+
+from ipc.endpoints import RunFolder
+from ipc.errors import Internal, SidestreamError
+from ipc.messages import (
+    AdapterSource,
+    CallId,
+    CancelLoad,
+    ChunkReleased,
+    EngineHello,
+    EngineToLoader,
+    Epoch,
+    FolderNames,
+    Forget,
+    Inspect,
+    Inspected,
+    InspectFolder,
+    ListFolder,
+    LoaderCallFailed,
+    LoaderHello,
+    LoaderToEngine,
+    Stage,
+    Warm,
+)
+from loader.adapter_files import AdapterFolders
+from loader.blocks import Block
+from loader.config import LoaderConfig
+from loader.daemon_threads import DaemonThreads
+from loader.engine_link import EngineConnection, EngineLink, EngineLostError
+from loader.host_tier import HostTier
+from loader.inspector import Inspector, OpenAdapter
+from loader.loads import Loads
+from loader.reader import Reader
+from loader.stager import Stager
+
+logger = logging.getLogger(__name__)
+
+# Inspections of a dead network disk must not hold up the others', nor the opening of files.
+NUM_INSPECT_THREADS = 4
+NUM_OPEN_THREADS = 4
+STOP_TIMEOUT_S = 1.0
+
+
+class LoaderService:
+    """Constructing it takes the host tier's memory; ``run`` serves until it is told to stop.
+
+    ``before_block`` is called on a reading thread before each block of a file is read.
+    """
+
+    def __init__(
+        self,
+        config: LoaderConfig,
+        epoch: Epoch,
+        run_folder: RunFolder,
+        before_block: Callable[[Block], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._epoch = epoch
+        self._run_folder = run_folder
+        self._before_block = before_block
+        if before_block is None and config.inject_read_delay_s > 0:
+            self._before_block = lambda _: time.sleep(config.inject_read_delay_s)
+        self._tier = HostTier(config.host_tier_bytes)
+        self._folders = AdapterFolders(config.adapter_roots, config.lora_dir)
+        self._inspector: Inspector | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves one engine after the other until ``stop``; then ends in bounded time.
+
+        Raises:
+            Internal: an invariant of ours is broken; only a new process can go on.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._broken: asyncio.Future[None] = self._loop.create_future()
+        self._loop.set_exception_handler(self._callback_failed)
+        self._inspecting = DaemonThreads("inspect", NUM_INSPECT_THREADS, self._loop)
+        self._opening = DaemonThreads("open", NUM_OPEN_THREADS, self._loop)
+        self._stager = Stager(
+            ended=lambda load: self._post(lambda: self._loads.load_ended(load)),
+        )
+        self._reader = Reader(
+            self._config.num_read_threads,
+            self._config.read_block_bytes,
+            progressed=self._stager.wake,
+            ended=lambda read: self._post(lambda: self._loads.read_ended(read)),
+            before_block=self._before_block,
+        )
+        self._loads = Loads(self._tier, self._reader, self._stager, self._open_files)
+        for part in (self._inspecting, self._opening, self._stager, self._reader):
+            part.start()
+        context = zmq.asyncio.Context()
+        link = EngineLink(
+            self._run_folder,
+            self._epoch,
+            LoaderHello(self._config.host_tier_bytes),
+            context,
+            self._inspecting,
+        )
+        serving = asyncio.create_task(self._serve_engines(link))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait(
+                (serving, stopping, self._broken), return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            for task in (serving, stopping):
+                task.cancel()
+            await asyncio.wait((serving, stopping))
+            self._reader.stop(STOP_TIMEOUT_S)
+            self._stager.stop(STOP_TIMEOUT_S)
+            self._inspecting.stop()
+            self._opening.stop()
+            context.destroy(linger=0)
+        for ended in (serving, self._broken):
+            if ended.done() and not ended.cancelled():
+                ended.result()
+
+    async def _serve_engines(self, link: EngineLink) -> None:
+        while True:
+            connection, hello = await link.connect()
+            logger.info("connected to the engine of epoch %d", connection.engine_epoch)
+            try:
+                await self._serve(connection, hello)
+            except EngineLostError:
+                logger.info("the engine of epoch %d is gone", connection.engine_epoch)
+            finally:
+                self._inspector = None
+                connection.close()
+                self._loads.detach()
+
+    async def _serve(self, connection: EngineConnection, hello: EngineHello) -> None:
+        inspector = Inspector(
+            self._folders, hello.base, hello.max_lora_rank, self._config.host_tier_bytes
+        )
+        self._inspector = inspector
+        self._loads.attach(
+            hello.base,
+            connection.target,
+            lambda body: self._post(lambda: connection.send(body)),
+        )
+        while True:
+            self._hear(await connection.receive(), connection, inspector)
+
+    def _hear(
+        self, message: EngineToLoader, connection: EngineConnection, inspector: Inspector
+    ) -> None:
+        match message:
+            case Inspect(call_id, adapter_id, path):
+                self._answer(
+                    connection,
+                    call_id,
+                    lambda: Inspected(call_id, inspector.inspect(adapter_id, path)),
+                )
+            case InspectFolder(call_id, adapter_id, name):
+                self._answer(
+                    connection,
+                    call_id,
+                    lambda: Inspected(call_id, inspector.inspect_name(adapter_id, name)),
+                )
+            case ListFolder(call_id):
+                self._answer(
+                    connection,
+                    call_id,
+                    lambda: FolderNames(call_id, self._folders.list_names()),
+                )
+            case Warm(sources):
+                self._loads.warm(sources)
+            case Stage(load_id, source):
+                self._loads.stage(load_id, source)
+            case CancelLoad(load_id):
+                self._loads.cancel(load_id)
+            case ChunkReleased(chunk):
+                self._stager.released(chunk)
+            case Forget(adapter_id):
+                self._loads.forget(adapter_id)
+            case EngineHello():
+                logger.warning("dropped a second hello of the engine")
+            case _:
+                assert_never(message)
+
+    def _answer(
+        self, connection: EngineConnection, call_id: CallId, work: Callable[[], LoaderToEngine]
+    ) -> None:
+        def answer(result: LoaderToEngine | SidestreamError) -> None:
+            if isinstance(result, SidestreamError):
+                result = LoaderCallFailed(call_id, result.info)
+            connection.send(result)
+
+        self._inspecting.submit(work, answer)
+
+    def _open_files(
+        self, source: AdapterSource, opened: Callable[[OpenAdapter | SidestreamError], None]
+    ) -> None:
+        inspector = self._inspector
+        assert inspector is not None
+        self._opening.submit(lambda: inspector.open(source), opened)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        """Runs ``call`` on the loop, in the order of posting; from any thread."""
+        self._loop.call_soon_threadsafe(call)
+
+    def _callback_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)
+        if not self._broken.done():
+            self._broken.set_exception(
+                context.get("exception") or Internal(str(context["message"]))
+            )
