@@ -167,7 +167,10 @@ async def test_an_adapter_is_registered_listed_and_forgotten() -> None:
         with pytest.raises(AdapterConflict):
             await front.client.load_adapter("a", "/b", pinned=False, replace=False)
         await front.client.load_adapter("a", "/b", pinned=False, replace=True)
-        assert [adapter.path for adapter in (await front.client.list_adapters(with_folder=True)).adapters] == ["/b"]
+        assert [
+            adapter.path
+            for adapter in (await front.client.list_adapters(with_folder=True)).adapters
+        ] == ["/b"]
         await front.client.unload_adapter("a")
         with pytest.raises(AdapterNotFound):
             await front.client.unload_adapter("a")
