@@ -9,6 +9,17 @@ from tests.engine.simulation import Simulation
 
 @pytest.mark.parametrize("case", range(24))
 def test_every_request_ends_once_and_nothing_leaks_whatever_happens(case: int, seed: int) -> None:
+    simulate(case, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", range(24, 1024))
+def test_a_thousand_more_machines_misbehave(case: int, seed: int) -> None:
+    simulate(case, seed)
+
+
+def simulate(case: int, seed: int) -> None:
+    """Four hundred steps of arrivals, cancellations, registrations and dying loaders."""
     rng = random.Random(f"{seed}-{case}")
     simulation = Simulation(rng)
     for _ in range(4):
