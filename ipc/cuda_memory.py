@@ -9,7 +9,8 @@ Source: CUDA driver API, "Virtual Memory Management", through ``cuda-bindings``.
 
 import ctypes
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +18,7 @@ from cuda.bindings import driver
 
 from ipc.errors import Unavailable
 from ipc.messages import RingGrant, RingKind
+from ipc.ring_memory import HostRegistrar
 
 _FD = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
@@ -81,8 +83,8 @@ class CudaRing:
 class CudaRingTarget:
     """The loader's end: copies on a stream of its own, in the device's primary context.
 
-    ``write`` and ``synchronize`` may be called on any one thread at a time. Owns ``fd`` once it
-    is made; one that can not be made leaves nothing behind and ``fd`` the caller's.
+    Owns ``fd`` once it is made; one that can not be made leaves nothing behind and ``fd`` the
+    caller's.
 
     Raises:
         Unavailable: the driver refuses.
@@ -91,12 +93,10 @@ class CudaRingTarget:
     def __init__(self, fd: int, grant: RingGrant, device: int = 0) -> None:
         self.num_chunks = grant.num_chunks
         self.chunk_bytes = grant.chunk_bytes
-        checked(driver.cuInit, 0)
-        cuda_device = checked(driver.cuDeviceGet, device)
+        self._device = device
         with ExitStack() as undo:
-            self._context = checked(driver.cuDevicePrimaryCtxRetain, cuda_device)
-            undo.callback(checked, driver.cuDevicePrimaryCtxRelease, cuda_device)
-            checked(driver.cuCtxSetCurrent, self._context)
+            self._context = _Context(device, undo)
+            self._context.enter()
             properties = _allocation_properties(device)
             num_bytes = _mapped_bytes(properties, grant.num_chunks * grant.chunk_bytes)
             handle = checked(driver.cuMemImportFromShareableHandle, fd, _FD)
@@ -110,28 +110,82 @@ class CudaRingTarget:
         os.close(fd)
 
     def _make_event(self, undo: ExitStack) -> Any:
+        # Waiting for it spins: one core, while a load is under way, for a chunk that is announced
+        # some tens of microseconds earlier than an interrupt would have it.
         event_flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
         event = checked(driver.cuEventCreate, event_flags)
         undo.callback(checked, driver.cuEventDestroy, event)
         return event
 
-    def write(self, chunk: int, offset: int, source: memoryview) -> None:
-        """Enqueues the copy and the event that ``synchronize`` waits for."""
-        checked(driver.cuCtxSetCurrent, self._context)
-        target = self._mapping.address + chunk * self.chunk_bytes + offset
-        address = _address_of(source)
-        checked(driver.cuMemcpyHtoDAsync, target, address, source.nbytes, self._stream)
-        checked(driver.cuEventRecord, self._events[chunk], self._stream)
+    def write(self, chunk: int, sources: Iterable[memoryview]) -> None:
+        """Enqueues the copies, and behind them the event that ``synchronize`` waits for.
+
+        Each source must lie in one registered range, or in none: the driver refuses a copy that
+        reaches from one range into the next.
+        """
+        self._context.enter()
+        target = self._mapping.address + chunk * self.chunk_bytes
+        try:
+            for source in sources:
+                address, num_bytes = _address_of(source), source.nbytes
+                checked(driver.cuMemcpyHtoDAsync, target, address, num_bytes, self._stream)
+                target += num_bytes
+        finally:
+            # Also behind a failure: the copies before it are waited for like any other.
+            checked(driver.cuEventRecord, self._events[chunk], self._stream)
 
     def synchronize(self, chunk: int) -> None:
-        checked(driver.cuCtxSetCurrent, self._context)
+        self._context.enter()
         checked(driver.cuEventSynchronize, self._events[chunk])
+
+    def host_registrar(self) -> HostRegistrar:
+        return CudaRegistrar(self._device)
 
     def close(self) -> None:
         """Waits for what was enqueued, then gives everything back; the engine's memory stays."""
-        checked(driver.cuCtxSetCurrent, self._context)
+        self._context.enter()
         checked(driver.cuStreamSynchronize, self._stream)
         self._undo.close()
+
+
+class CudaRegistrar:
+    """Pins host memory for the device's primary context, which lives as long as this does.
+
+    Raises:
+        Unavailable: the driver refuses.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        with ExitStack() as undo:
+            self._context = _Context(device, undo)
+            self._undo = undo.pop_all()
+
+    def register(self, memory: memoryview) -> None:
+        self._context.enter()
+        address = _address_of(memory)
+        checked(driver.cuMemHostRegister, address, memory.nbytes, 0)
+        self._undo.callback(checked, driver.cuMemHostUnregister, address)
+
+    def close(self) -> None:
+        self._context.enter()
+        self._undo.close()
+
+
+class _Context:
+    """A device's primary context, held until ``undo`` is closed."""
+
+    def __init__(self, device: int, undo: ExitStack) -> None:
+        checked(driver.cuInit, 0)
+        cuda_device = checked(driver.cuDeviceGet, device)
+        self._handle = checked(driver.cuDevicePrimaryCtxRetain, cuda_device)
+        undo.callback(checked, driver.cuDevicePrimaryCtxRelease, cuda_device)
+        self._threads = threading.local()
+
+    def enter(self) -> None:
+        """Makes it the calling thread's current context, at next to no cost but for the first."""
+        if not getattr(self._threads, "entered", False):
+            checked(driver.cuCtxSetCurrent, self._handle)
+            self._threads.entered = True
 
 
 def _allocation_properties(device: int) -> Any:

@@ -7,26 +7,56 @@ that both processes map; it has no name, so a killed process leaves nothing behi
 
 import mmap
 import os
+from collections.abc import Iterable
 from typing import Protocol
+
+import numpy as np
 
 from ipc.messages import RingGrant, RingKind
 
 
+class HostRegistrar(Protocol):
+    """Makes host memory such that a ring's copies out of it run at full speed."""
+
+    def register(self, memory: memoryview) -> None:
+        """Registers ``memory``, which nobody has registered yet, until ``close``.
+
+        Raises:
+            Unavailable: the system refuses.
+        """
+        ...
+
+    def close(self) -> None:
+        """Undoes every ``register``; no copy may be under way."""
+        ...
+
+
 class RingTarget(Protocol):
-    """The loader's end of a ring, whatever memory it is made of."""
+    """The loader's end of a ring, whatever memory it is made of.
+
+    One thread may ``write`` while another one ``synchronize`` s an earlier chunk.
+    """
 
     num_chunks: int
     chunk_bytes: int
 
-    def write(self, chunk: int, offset: int, source: memoryview) -> None:
-        """Begins to copy ``source`` to ``[offset, offset + len)`` of a chunk that is FILLING.
+    def write(self, chunk: int, sources: Iterable[memoryview]) -> None:
+        """Begins to copy ``sources``, one behind the other, to the front of a FILLING chunk.
 
-        ``source`` must stay as it is until ``synchronize`` of that chunk returns.
+        They must stay as they are until ``synchronize`` of that chunk returns. Copies are
+        completed in the order in which they were begun.
         """
         ...
 
     def synchronize(self, chunk: int) -> None:
-        """Returns when every write to the chunk is visible to the engine."""
+        """Returns when what was written to the chunk is visible to the engine."""
+        ...
+
+    def host_registrar(self) -> HostRegistrar | None:
+        """What makes host memory fast to copy from, the caller's to close; None: all of it is.
+
+        It and what it registered outlive this target.
+        """
         ...
 
     def close(self) -> None:
@@ -66,11 +96,19 @@ class HostRing:
         start = chunk * self.chunk_bytes
         return self._view[start : start + self.chunk_bytes]
 
-    def write(self, chunk: int, offset: int, source: memoryview) -> None:
-        self.chunk(chunk)[offset : offset + source.nbytes] = source
+    def write(self, chunk: int, sources: Iterable[memoryview]) -> None:
+        target = np.frombuffer(self.chunk(chunk), np.uint8)
+        offset = 0
+        for source in sources:
+            # Unlike a memoryview's assignment, this lets other threads run meanwhile.
+            np.copyto(target[offset : offset + source.nbytes], np.frombuffer(source, np.uint8))
+            offset += source.nbytes
 
     def synchronize(self, chunk: int) -> None:
         """Nothing to wait for: ``write`` has returned, and the message that follows orders it."""
+
+    def host_registrar(self) -> HostRegistrar | None:
+        return None
 
     def close(self) -> None:
         self._view.release()

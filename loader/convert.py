@@ -22,6 +22,7 @@ STORED_AS: dict[DType, TensorDType] = {
 # For each dtype: its bits without the sign, and the least of them that is not a finite number.
 _MAGNITUDE = {TensorDType.F32: 0x7FFF_FFFF, TensorDType.F16: 0x7FFF, TensorDType.BF16: 0x7FFF}
 _INFINITY = {TensorDType.F32: 0x7F80_0000, TensorDType.F16: 0x7C00, TensorDType.BF16: 0x7F80}
+_SIGNED = {TensorDType.F32: np.int32, TensorDType.F16: np.int16, TensorDType.BF16: np.int16}
 # The least magnitude that rounds to infinity: half a unit above the greatest finite number.
 _OVERFLOW: dict[tuple[TensorDType, DType], int] = {
     (TensorDType.F32, DType.BFLOAT16): 0x7F7F_8000,
@@ -46,20 +47,32 @@ def bits_of(buffer: memoryview, dtype: TensorDType) -> Bits:
     return np.frombuffer(buffer, np.uint16)
 
 
-def first_non_finite(values: memoryview, dtype: DType, scratch: memoryview) -> int | None:
+def first_non_finite(values: memoryview, dtype: DType) -> int | None:
     """The byte offset of the first value that is infinite or NaN; None if all are finite.
 
-    ``scratch`` is overwritten; it has at least as many bytes as ``values``.
+    These are the greatest bit patterns of their sign: of all as signed integers, where they are
+    positive, and of all as unsigned ones, where they are negative. So two maxima tell, which numpy
+    takes with vector instructions, without scratch memory and with the GIL released.
+
+    Measured beside the read that brings the bytes in (one core of an EPYC with AVX-512, bf16, the
+    read itself at 8 GB/s), GB/s of the check alone:
+
+    | bytes at a time               | 256 KiB | 512 KiB | 1 MiB | 2 MiB | 4 MiB |
+    |-------------------------------|---------|---------|-------|-------|-------|
+    | two maxima                    | 20      | 27      | 24    | 36    | 29    |
+    | sign masked away, one maximum | 12      | 20      | 19    | 23    | 13    |
+    | exponent masked, compared     | 25      | 13      | 13    | 13    | 12    |
     """
     file_dtype = STORED_AS[dtype]
     bits = bits_of(values, file_dtype)
     if bits.size == 0:
         return None
-    magnitude = bits_of(scratch[: values.nbytes], file_dtype)
-    np.bitwise_and(bits, bits.dtype.type(_MAGNITUDE[file_dtype]), out=magnitude)
-    if magnitude.max() < _INFINITY[file_dtype]:
+    infinity = _INFINITY[file_dtype]
+    negative_infinity = infinity + _MAGNITUDE[file_dtype] + 1
+    if bits.view(_SIGNED[file_dtype]).max() < infinity and bits.max() < negative_infinity:
         return None
-    return int(np.argmax(magnitude >= _INFINITY[file_dtype])) * dtype.num_bytes
+    magnitude = bits & bits.dtype.type(_MAGNITUDE[file_dtype])
+    return int(np.argmax(magnitude >= infinity)) * dtype.num_bytes
 
 
 def cast(source: Bits, source_dtype: TensorDType, target: Bits, target_dtype: DType) -> None:

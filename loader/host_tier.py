@@ -11,17 +11,25 @@ An image that is forgotten while it is in use is no longer found, and leaves onc
 An image takes one extent per stage, as it does in the GPU's pool: in steady state free ranges
 are as large as the small adapters that have left, and one range for a whole large adapter would
 cost far more evictions than its bytes do.
+
+Where memory has to be pinned before a GPU can copy from it at full speed, the arena is opened
+segment by segment, as they become pinned, and no piece that an image is copied in reaches from one
+segment into the next.
 """
 
 import contextlib
 import mmap
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from enum import Enum
+from typing import NamedTuple
 
 from ipc.image import ImageLayout
 from ipc.messages import AdapterId, Generation, HostTierChanged
 from loader.free_list import FreeList
+
+SEGMENT_BYTES = 1 << 30
 
 
 class ImageState(Enum):
@@ -45,6 +53,7 @@ class HostImage:
         layout: ImageLayout,
         extents: dict[int, int],
         arena: memoryview,
+        segment_bytes: int,
     ) -> None:
         self.generation = generation
         self.layout = layout
@@ -55,6 +64,8 @@ class HostImage:
         self.state = ImageState.FILLING
         self.num_users = 0
         self._arena = arena
+        self._pieces = _pieces(layout, extents, segment_bytes)
+        self._piece_starts = [piece.start for piece in self._pieces]
 
     @property
     def num_bytes(self) -> int:
@@ -72,32 +83,85 @@ class HostImage:
 
     def views(self, start: int, stop: int) -> Iterator[memoryview]:
         """The bytes ``[start, stop)`` of the image, in order, in as few pieces as they lie."""
-        for index, extent in self.extents.items():
-            stage = self.layout.stages[index]
-            first = max(start, stage.offset) - stage.offset
-            last = min(stop, stage.offset + stage.num_bytes) - stage.offset
-            if first < last:
-                yield self._arena[extent + first : extent + last]
+        index = max(0, bisect_right(self._piece_starts, start) - 1)
+        while start < stop:
+            first, last, position = self._pieces[index]
+            until = min(stop, last)
+            yield self._arena[position + start - first : position + until - first]
+            start, index = until, index + 1
+
+
+class _Piece(NamedTuple):
+    """Image bytes ``[start, stop)`` lie in one run of the arena, from ``position`` on."""
+
+    start: int
+    stop: int
+    position: int
+
+
+def _pieces(layout: ImageLayout, extents: dict[int, int], segment_bytes: int) -> list[_Piece]:
+    """An image's pieces in order: extents that touch are joined, at segments' ends they part."""
+    pieces: list[_Piece] = []
+    for stage, position in extents.items():
+        start = layout.stages[stage].offset
+        stop = start + layout.stages[stage].num_bytes
+        while start < stop:
+            until = min(stop, start + segment_bytes - position % segment_bytes)
+            before = pieces[-1] if pieces else _Piece(0, 0, 0)
+            touches = position == before.position + before.stop - before.start
+            if touches and position % segment_bytes and start == before.stop:
+                pieces[-1] = before._replace(stop=until)
+            else:
+                pieces.append(_Piece(start, until, position))
+            position += until - start
+            start = until
+    return pieces
 
 
 class HostTier:
-    """Owns the arena and knows every image in it. Belongs to one thread."""
+    """Owns the arena and knows every image in it. Belongs to one thread.
 
-    def __init__(self, num_bytes: int) -> None:
+    Of one that is made ``closed`` nothing is handed out before it is opened.
+    """
+
+    def __init__(
+        self, num_bytes: int, segment_bytes: int = SEGMENT_BYTES, *, closed: bool = False
+    ) -> None:
         self.num_bytes = num_bytes
+        self.segment_bytes = segment_bytes
+        self._open_bytes = 0
         arena = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # A kernel without huge pages serves as well, slower.
             arena.madvise(mmap.MADV_HUGEPAGE)
         self._arena = memoryview(arena)
-        self._free = FreeList(num_bytes)
+        self._free = FreeList(0)
         # Whole images, least recently used first.
         self._images: OrderedDict[Generation, HostImage] = OrderedDict()
         self._added: set[AdapterId] = set()
         self._removed: set[AdapterId] = set()
+        if not closed:
+            self.open(num_bytes)
 
     @property
     def used_bytes(self) -> int:
-        return self.num_bytes - self._free.num_free
+        return self._open_bytes - self._free.num_free
+
+    @property
+    def is_open(self) -> bool:
+        """Whether all of the arena may be handed out."""
+        return self._open_bytes == self.num_bytes
+
+    def segments(self) -> list[memoryview]:
+        """The arena's memory, in the order in which it is to be opened."""
+        starts = range(0, self.num_bytes, self.segment_bytes)
+        return [self._arena[start : start + self.segment_bytes] for start in starts]
+
+    def open(self, num_bytes: int) -> None:
+        """The arena's first ``num_bytes`` bytes may be handed out, if they could not before."""
+        assert num_bytes <= self.num_bytes
+        if num_bytes > self._open_bytes:
+            self._free.free(self._open_bytes, num_bytes - self._open_bytes)
+            self._open_bytes = num_bytes
 
     def find(self, generation: Generation) -> HostImage | None:
         """The whole image of this very generation, now the most recently used."""
@@ -131,7 +195,7 @@ class HostTier:
             if self._free.num_free >= layout.num_bytes:
                 extents = self._allocate(layout)
                 if extents is not None:
-                    image = HostImage(generation, layout, extents, self._arena)
+                    image = HostImage(generation, layout, extents, self._arena, self.segment_bytes)
                     image.num_users = 1
                     return image
             victim = next(remaining, None)

@@ -127,6 +127,11 @@ class Loads:
                 self._drop(fetch)
         self._advance()
 
+    def open_tier(self, num_bytes: int) -> None:
+        """The host tier may use as many bytes of its arena."""
+        self._tier.open(num_bytes)
+        self._advance()
+
     # --- What the threads say -----------------------------------------------------------------
 
     def load_ended(self, load: Load) -> None:
@@ -221,7 +226,8 @@ class Loads:
         victims += [other for other in reversed(less_urgent) if other in idle]
         image = self._tier.reserve(generation, fetch.adapter.plan.layout, victims)
         if image is None:
-            self._make_way(generation in staged, wanted, staged)
+            if self._tier.is_open:  # Otherwise there will be more room in a moment.
+                self._make_way(generation in staged, wanted, staged)
             return False
         fetch.state = FetchState.READING
         fetch.read = self._reader.begin(image, fetch.adapter)

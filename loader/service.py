@@ -31,17 +31,20 @@ from ipc.messages import (
     LoaderCallFailed,
     LoaderHello,
     LoaderToEngine,
+    RingGrant,
     Stage,
     Warm,
 )
+from ipc.ring_memory import RingTarget
 from loader.adapter_files import AdapterFolders
 from loader.blocks import Block
 from loader.config import LoaderConfig
 from loader.daemon_threads import DaemonThreads
-from loader.engine_link import EngineConnection, EngineLink, EngineLostError
-from loader.host_tier import HostTier
+from loader.engine_link import EngineConnection, EngineLink, EngineLostError, attach_ring
+from loader.host_tier import SEGMENT_BYTES, HostTier
 from loader.inspector import Inspector, OpenAdapter
 from loader.loads import Loads
+from loader.pinning import Pinner
 from loader.reader import Reader
 from loader.stager import Stager
 
@@ -56,7 +59,8 @@ STOP_TIMEOUT_S = 1.0
 class LoaderService:
     """Constructing it takes the host tier's memory; ``run`` serves until it is told to stop.
 
-    ``before_block`` is called on a reading thread before each block of a file is read.
+    ``before_block`` is called on a reading thread before each block of a file is read; ``attach``
+    maps an engine's ring.
     """
 
     def __init__(
@@ -65,14 +69,19 @@ class LoaderService:
         epoch: Epoch,
         run_folder: RunFolder,
         before_block: Callable[[Block], None] | None = None,
+        attach: Callable[[RingGrant, int], RingTarget] = attach_ring,
+        segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         self._config = config
         self._epoch = epoch
         self._run_folder = run_folder
         self._before_block = before_block
+        self._attach = attach
         if before_block is None and config.inject_read_delay_s > 0:
             self._before_block = lambda _: time.sleep(config.inject_read_delay_s)
-        self._tier = HostTier(config.host_tier_bytes)
+        # Whether its memory has to be pinned first, an engine's ring will tell.
+        self._tier = HostTier(config.host_tier_bytes, segment_bytes, closed=True)
+        self._pinner: Pinner | None = None
         self._folders = AdapterFolders(config.adapter_roots, config.lora_dir)
         self._inspector: Inspector | None = None
 
@@ -107,6 +116,7 @@ class LoaderService:
             LoaderHello(self._config.host_tier_bytes),
             context,
             self._inspecting,
+            self._attach,
         )
         serving = asyncio.create_task(self._serve_engines(link))
         stopping = asyncio.create_task(stop.wait())
@@ -120,6 +130,8 @@ class LoaderService:
             await asyncio.wait((serving, stopping))
             self._reader.stop(STOP_TIMEOUT_S)
             self._stager.stop(STOP_TIMEOUT_S)
+            if self._pinner is not None:
+                self._pinner.stop(STOP_TIMEOUT_S)
             self._inspecting.stop()
             self._opening.stop()
             context.destroy(linger=0)
@@ -140,7 +152,24 @@ class LoaderService:
                 connection.close()
                 self._loads.detach()
 
+    def _open_tier(self, target: RingTarget) -> None:
+        """Lets the host tier hand out its memory as soon as the ring can be fed from it."""
+        if self._pinner is not None:
+            return
+        registrar = target.host_registrar()
+        if registrar is None:
+            self._tier.open(self._tier.num_bytes)
+            return
+        self._pinner = Pinner(
+            self._tier.segments(),
+            registrar,
+            pinned=lambda num_bytes: self._post(lambda: self._loads.open_tier(num_bytes)),
+            failed=lambda error: self._post(lambda: self._break(error)),
+        )
+        self._pinner.start()
+
     async def _serve(self, connection: EngineConnection, hello: EngineHello) -> None:
+        self._open_tier(connection.target)
         inspector = Inspector(
             self._folders, hello.base, hello.max_lora_rank, self._config.host_tier_bytes
         )
@@ -213,7 +242,9 @@ class LoaderService:
 
     def _callback_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         loop.default_exception_handler(context)
+        self._break(context.get("exception") or Internal(str(context["message"])))
+
+    def _break(self, error: BaseException) -> None:
+        """Ends ``run`` with ``error``."""
         if not self._broken.done():
-            self._broken.set_exception(
-                context.get("exception") or Internal(str(context["message"]))
-            )
+            self._broken.set_exception(error)

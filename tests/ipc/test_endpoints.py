@@ -117,5 +117,7 @@ def test_a_folder_is_made_in_the_first_place_that_can_have_one(tmp_path: Path) -
 
 
 def test_no_place_for_a_folder_says_why_for_each(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match=r"no place for the run folder \(.*missing: No such file"):
-        RunFolder.create([tmp_path / "missing"])
+    missing, long = Path("/missing"), tmp_path / ("x" * 100)
+    expected = r"no place for the run folder \(/missing: No such file.*x: too long for the path"
+    with pytest.raises(Unavailable, match=expected):
+        RunFolder.create([missing, long])

@@ -6,7 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -216,6 +216,7 @@ async def serving(
     read_block_bytes: int = 4 << 20,
     num_read_threads: int = 2,
     before_block: Callable[[Block], None] | None = None,
+    **options: Any,
 ) -> AsyncIterator[LoaderService]:
     """A loader that serves in this loop; at the end it must stop by itself."""
     config = LoaderConfig(
@@ -225,7 +226,7 @@ async def serving(
         num_read_threads=num_read_threads,
         read_block_bytes=read_block_bytes,
     )
-    service = LoaderService(config, LOADER_EPOCH, run_folder, before_block)
+    service = LoaderService(config, LOADER_EPOCH, run_folder, before_block, **options)
     stop = asyncio.Event()
     task = asyncio.create_task(service.run(stop))
     try:

@@ -159,6 +159,36 @@ def test_views_cover_any_range_in_order() -> None:
         assert b"".join(image.views(start, stop)) == whole[start:stop]
 
 
+def test_extents_that_touch_are_one_piece() -> None:
+    tier = HostTier(1024)
+    image = reserved(tier, 1, 128, 0, 256, 128)
+    assert [view.nbytes for view in image.views(0, 512)] == [512]
+    assert [view.nbytes for view in image.views(100, 400)] == [300]
+
+
+def test_no_piece_reaches_from_one_segment_into_the_next() -> None:
+    tier = HostTier(1024, segment_bytes=384)
+    reserved(tier, 1, 128)
+    image = reserved(tier, 2, 128, 512, 128)
+    image.stage(1)[:] = bytes(range(256)) * 2
+    assert [view.nbytes for view in image.views(0, 768)] == [256, 384, 128]
+    assert b"".join(image.views(128, 640)) == bytes(range(256)) * 2
+
+
+def test_closed_tier_hands_out_what_was_opened() -> None:
+    tier = HostTier(512, segment_bytes=256, closed=True)
+    assert [segment.nbytes for segment in tier.segments()] == [256, 256]
+    assert tier.reserve(generation(1), layout(128), []) is None
+    tier.open(256)
+    assert not tier.is_open and tier.used_bytes == 0
+    reserved(tier, 1, 128)
+    assert tier.reserve(generation(2), layout(128, 128), []) is None
+    tier.open(512)
+    tier.open(256)
+    assert tier.is_open and tier.used_bytes == 128
+    assert reserved(tier, 2, 384).extents == {0: 128}, "an extent may lie in two segments"
+
+
 def test_last_byte_may_be_sent_only_when_verified() -> None:
     image = reserved(HostTier(1024), 1, 256)
     image.num_ready = 256

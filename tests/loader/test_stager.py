@@ -1,8 +1,11 @@
 """The stager sends what is ready, in order, and never touches a chunk that is the engine's."""
 
+import os
 import queue
 import random
+import threading
 import time
+from collections.abc import Iterable
 
 import pytest
 
@@ -25,12 +28,40 @@ DEADLINE_S = 20.0
 CHUNK_BYTES = 256
 
 
+class SlowRing(HostRing):
+    """A ring whose copies are done when a test says so, as a GPU's are done in their own time."""
+
+    def __init__(self, num_chunks: int) -> None:
+        fd = os.memfd_create("ring")
+        os.ftruncate(fd, num_chunks * CHUNK_BYTES)
+        super().__init__(fd, num_chunks, CHUNK_BYTES)
+        self.begun: queue.Queue[int] = queue.Queue()
+        self.broken = False
+        self._sources: dict[int, list[memoryview]] = {}
+        self._done = [threading.Semaphore(0) for _ in range(num_chunks)]
+
+    def write(self, chunk: int, sources: Iterable[memoryview]) -> None:
+        self._sources[chunk] = list(sources)
+        self.begun.put(chunk)
+
+    def synchronize(self, chunk: int) -> None:
+        assert self._done[chunk].acquire(timeout=DEADLINE_S)
+        sources = self._sources.pop(chunk)
+        if self.broken:
+            raise RuntimeError("the bus is on fire")
+        super().write(chunk, sources)
+
+    def finish(self, chunk: int) -> None:
+        """The copy into ``chunk`` that was begun last is done."""
+        self._done[chunk].release()
+
+
 class Bench:
     """A stager with a ring of its own, and images whose bytes come when a test says so."""
 
-    def __init__(self, num_chunks: int = 2) -> None:
+    def __init__(self, num_chunks: int = 2, ring: HostRing | None = None) -> None:
         self.tier = HostTier(1 << 20)
-        self.ring = HostRing.create(num_chunks, CHUNK_BYTES)
+        self.ring = HostRing.create(num_chunks, CHUNK_BYTES) if ring is None else ring
         self.sent: queue.Queue[LoaderToEngine] = queue.Queue()
         self.ended: queue.Queue[Load] = queue.Queue()
         self.stager = Stager(self.ended.put)
@@ -218,6 +249,113 @@ def test_engine_that_goes_away_ends_every_load_without_a_word() -> None:
     bench.load(1, image)
     assert bench.next_chunk().image_offset == 0, "a new engine has a new ring and new loads"
     bench.stager.detach()
+    bench.stager.stop(DEADLINE_S)
+
+
+def begun(ring: SlowRing, count: int) -> list[int]:
+    return [ring.begun.get(timeout=DEADLINE_S) for _ in range(count)]
+
+
+def test_next_copies_begin_before_the_first_is_done() -> None:
+    ring = SlowRing(3)
+    with Bench(ring=ring) as bench:
+        image = bench.image(1, 4 * CHUNK_BYTES)
+        bench.load(1, image)
+        bench.grow(image, image.num_bytes, verified=True)
+        assert begun(ring, 3) == [0, 1, 2]
+        assert bench.sent.empty()
+        for chunk in (0, 1, 2):
+            ring.finish(chunk)
+            ready = bench.next_chunk()
+            assert (ready.chunk, ready.image_offset) == (chunk, chunk * CHUNK_BYTES)
+        bench.stager.released(1)
+        assert begun(ring, 1) == [1]
+        ring.finish(1)
+        assert bench.next_chunk().image_offset == 3 * CHUNK_BYTES
+
+
+def test_chunks_are_announced_in_the_order_of_their_bytes() -> None:
+    ring = SlowRing(2)
+    with Bench(ring=ring) as bench:
+        image = bench.image(1, 2 * CHUNK_BYTES)
+        bench.load(1, image)
+        bench.grow(image, image.num_bytes, verified=True)
+        begun(ring, 2)
+        ring.finish(1)
+        ring.finish(0)
+        assert [bench.next_chunk().image_offset for _ in range(2)] == [0, CHUNK_BYTES]
+        assert isinstance(bench.next(), LoadSent)
+
+
+def test_chunks_under_way_wait_in_front_of_the_unverified_last_one() -> None:
+    ring = SlowRing(3)
+    with Bench(ring=ring) as bench:
+        image = bench.image(1, 3 * CHUNK_BYTES)
+        bench.load(1, image)
+        bench.grow(image, image.num_bytes)
+        assert begun(ring, 2) == [0, 1] and ring.begun.empty()
+        bench.grow(image, image.num_bytes, verified=True)
+        assert begun(ring, 1) == [2]
+        for chunk in range(3):
+            ring.finish(chunk)
+
+
+def test_load_cancelled_amid_its_copies_ends_when_the_last_of_them_does() -> None:
+    ring = SlowRing(3)
+    with Bench(ring=ring) as bench:
+        image, other = bench.image(1, 2 * CHUNK_BYTES), bench.image(2, 128)
+        load = bench.load(1, image)
+        bench.load(2, other)
+        bench.grow(image, image.num_bytes, verified=True)
+        begun(ring, 2)
+        bench.stager.cancel(LoadId(1))
+        ring.finish(0)
+        bench.grow(other, 128, verified=True)
+        third = begun(ring, 1)
+        assert bench.ended.empty(), "the second copy still reads the image"
+        ring.finish(1)
+        assert bench.ended.get(timeout=DEADLINE_S) is load
+        ring.finish(third[0])
+        assert bench.next_chunk().load_id == 2, "nothing of the cancelled load was announced"
+
+
+def test_copies_that_fail_end_their_load_once_and_free_their_chunks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ring = SlowRing(2)
+    with Bench(ring=ring) as bench:
+        image = bench.image(1, 4 * CHUNK_BYTES)
+        load = bench.load(1, image)
+        bench.grow(image, image.num_bytes, verified=True)
+        begun(ring, 2)
+        ring.broken = True
+        ring.finish(0)
+        failed = bench.next()
+        assert isinstance(failed, LoadFailed) and "the bus is on fire" in failed.error.message
+        ring.finish(1)
+        assert bench.ended.get(timeout=DEADLINE_S) is load
+        ring.broken = False
+        other = bench.image(2, 128)
+        bench.load(2, other)
+        bench.grow(other, 128, verified=True)
+        ring.finish(begun(ring, 1)[0])
+        assert bench.next_chunk().load_id == 2
+
+
+def test_detaching_waits_for_the_copies_under_way() -> None:
+    ring = SlowRing(2)
+    bench = Bench(ring=ring)
+    image = bench.image(1, 2 * CHUNK_BYTES)
+    load = bench.load(1, image)
+    bench.grow(image, image.num_bytes, verified=True)
+    begun(ring, 2)
+    detaching = threading.Thread(target=bench.stager.detach)
+    detaching.start()
+    ring.finish(0)
+    assert bench.ended.empty() and detaching.is_alive()
+    ring.finish(1)
+    detaching.join(DEADLINE_S)
+    assert bench.ended.get_nowait() is load and bench.sent.empty()
     bench.stager.stop(DEADLINE_S)
 
 

@@ -1,0 +1,88 @@
+"""What a machine gives with nothing else to do: the rates, in GB/s, to compare loading with."""
+
+import itertools
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.device import Device
+from ipc.base_model import DType
+from loader.convert import first_non_finite
+
+GB = 1e9
+MiB = 1 << 20
+# As much as one of the loader's reads takes, by default.
+READ_BLOCK_BYTES = 4 * MiB
+
+
+def median_rate(num_bytes: int, repeats: int, run: Callable[[], float]) -> float:
+    """GB/s of the median of ``repeats`` runs, each of which tells its seconds."""
+    return num_bytes / statistics.median(run() for _ in range(repeats)) / GB
+
+
+def copy_rate(device: Device, buffer: torch.Tensor, chunk_bytes: int) -> float:
+    """GB/s from ``buffer``, pinned if there is a GPU, chunk by chunk into device memory."""
+    target = torch.empty(chunk_bytes, dtype=torch.uint8, device=device.torch_device)
+    starts = range(0, buffer.numel(), chunk_bytes)
+    chunks = [buffer[start : start + chunk_bytes] for start in starts]
+
+    def run() -> float:
+        device.synchronize()
+        begin_s = time.perf_counter()
+        for chunk in chunks:
+            target[: chunk.numel()].copy_(chunk, non_blocking=True)
+        device.synchronize()
+        return time.perf_counter() - begin_s
+
+    run()
+    return median_rate(buffer.numel(), 7, run)
+
+
+def read_rate(path: Path, buffer: memoryview, num_threads: int) -> float:
+    """GB/s of ``num_threads`` threads that do nothing but ``preadv`` into ``buffer``."""
+    fd = os.open(path, os.O_RDONLY)
+
+    def run() -> float:
+        blocks = itertools.count(0, READ_BLOCK_BYTES)
+        begin = threading.Barrier(num_threads + 1)
+
+        def read() -> None:
+            begin.wait()
+            while (start := next(blocks)) < buffer.nbytes:
+                os.preadv(fd, [buffer[start : start + READ_BLOCK_BYTES]], start)
+
+        threads = [threading.Thread(target=read) for _ in range(num_threads)]
+        for thread in threads:
+            thread.start()
+        begin.wait()
+        begin_s = time.perf_counter()
+        for thread in threads:
+            thread.join()
+        return time.perf_counter() - begin_s
+
+    run()
+    rate = median_rate(buffer.nbytes, 5, run)
+    os.close(fd)
+    return rate
+
+
+def check_rate(buffer: memoryview, tile_bytes: int) -> float:
+    """GB/s of the check for finite values on one core, of bytes that are in its cache."""
+    data = np.frombuffer(buffer[:tile_bytes], np.uint16) & np.uint16(0xBFFF)
+    tile = memoryview(data.data).cast("B")
+    num_rounds = max(1, 256 * MiB // tile_bytes)
+
+    def run() -> float:
+        begin_s = time.perf_counter()
+        for _ in range(num_rounds):
+            assert first_non_finite(tile, DType.BFLOAT16) is None
+        return time.perf_counter() - begin_s
+
+    run()
+    return median_rate(num_rounds * tile_bytes, 3, run)
