@@ -65,6 +65,7 @@ class BlockManager:
         ``num_spare`` blocks would remain free.
         """
         assert not sequence.block_table, "an admitted sequence holds blocks already"
+        assert not sequence.num_pending_tokens, "a prefix is looked up by tokens that are known"
         found = self._find_prefix(sequence)
         num_taken_from_cache = sum(self._num_references[block] == 0 for block in found)
         num_fresh = self.num_blocks_for(len(sequence.token_ids)) - len(found)
@@ -82,9 +83,9 @@ class BlockManager:
     def extend(self, sequence: Sequence) -> bool:
         """Makes ``block_table`` cover all tokens of ``sequence``; False if blocks run out.
 
-        Blocks taken before they ran out stay with the sequence.
+        Pending tokens count. Blocks taken before they ran out stay with the sequence.
         """
-        num_missing = self.num_blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
+        num_missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
         for _ in range(num_missing):
             if not self.num_free:
                 return False
@@ -94,8 +95,8 @@ class BlockManager:
     def publish(self, sequence: Sequence, start: int, end: int) -> None:
         """Lets others find the blocks that became full as tokens ``[start, end)`` were computed.
 
-        To be called only once they *are* computed, through the last layer. A block whose content
-        is published already stays private.
+        To be called only once they *are* computed, through the last layer, and known. A block
+        whose content is published already stays private.
         """
         if not self._caching:
             return

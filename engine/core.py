@@ -1,7 +1,15 @@
 """The step loop: where policy and compute meet, on a thread of its own.
 
-A step is ``schedule → run → complete``. Between steps the thread carries out what other threads
-asked of it, so that all policy state has one owner and needs no lock.
+A step is ``schedule → launch → wait → complete``. With a device that works by itself the thread
+first launches step n+1, then waits for step n, so that the device never waits for the host:
+
+| device runs | this thread meanwhile                                            |
+|-------------|------------------------------------------------------------------|
+| n           | …, schedules and launches n+1, waits for n                       |
+| n+1         | completes and delivers n, carries out commands, schedules n+2, … |
+
+Between steps the thread carries out what other threads asked of it, so that all policy state has
+one owner and needs no lock.
 
 The life of a request here:
 
@@ -15,6 +23,7 @@ The life of a request here:
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -39,7 +48,7 @@ from engine.commands import (
     Snapshot,
     TakeSnapshot,
 )
-from engine.plan import SampledToken, SequenceProgress, StepPlan
+from engine.plan import LaunchedStep, SequenceProgress, StepPlan
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceId
@@ -72,8 +81,11 @@ OVERLOADED_RETRY_S = 1.0
 class Runner(Protocol):
     """The forward pass."""
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
-        """The tokens drawn for the plan's sampling chunks, in their order."""
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Gives the plan, which is not empty, to the device, behind all that were launched before.
+
+        Waits for none of them.
+        """
         ...
 
 
@@ -96,6 +108,7 @@ class Slots(Protocol):
 class EngineCore:
     """Owns all policy state; other threads ask by command.
 
+    With ``overlap_steps`` a step stays in flight while the next one is scheduled and launched.
     ``deliver`` takes one step's deltas by client, ``send_to_loader`` one message, and
     ``adapter_failed`` an adapter whose load went wrong; they are called on the step thread and
     must not block.
@@ -108,6 +121,7 @@ class EngineCore:
         blocks: BlockManager,
         runner: Runner,
         slots: Slots,
+        overlap_steps: bool,
         max_waiting: int,
         seed: int,
         deliver: Callable[[Mapping[bytes, list[TokenDelta]]], None],
@@ -119,6 +133,9 @@ class EngineCore:
         self._blocks = blocks
         self._runner = runner
         self._slots = slots
+        self._overlap_steps = overlap_steps
+        # In the order of their launches.
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self._max_waiting = max_waiting
         self._deliver = deliver
         self._send_to_loader = send_to_loader
@@ -136,7 +153,7 @@ class EngineCore:
         self._commands.put(command)
 
     def stop(self) -> None:
-        """Ends ``run`` after the step under way."""
+        """Ends ``run`` after the steps in flight."""
         self._commands.put(None)
 
     def run(self) -> None:
@@ -144,17 +161,34 @@ class EngineCore:
         busy = False
         while self._take_commands(wait=not busy):
             busy = self.step(time.monotonic())
+        self._complete_steps(num_left=0)
+        self._flush()
 
     def step(self, now_s: float) -> bool:
-        """One step; False if there was nothing to compute."""
+        """One turn: launches a step, completes what is not to stay in flight, delivers.
+
+        False if there was nothing to launch and nothing to complete.
+        """
+        if self._in_flight and self._scheduler.awaits_tokens:
+            self._complete_steps(num_left=0)
         plan = self._scheduler.schedule(now_s)
         self._carry_out_actions()
         if plan.chunks:
-            for progress in self._scheduler.complete(plan, self._runner.run(plan)):
+            self._in_flight.append((plan, self._runner.launch(plan)))
+            self._scheduler.launched(plan)
+        busy = bool(self._in_flight)
+        # With nothing new to run, only what is in flight can lead to something.
+        self._complete_steps(num_left=1 if self._overlap_steps and plan.chunks else 0)
+        self._flush()
+        return busy
+
+    def _complete_steps(self, num_left: int) -> None:
+        """Waits for the oldest steps, until ``num_left`` are in flight."""
+        while len(self._in_flight) > num_left:
+            plan, step = self._in_flight.popleft()
+            for progress in self._scheduler.complete(plan, step.wait()):
                 self._report(progress)
             self._num_steps += 1
-        self._flush()
-        return bool(plan.chunks)
 
     # --- Commands ---------------------------------------------------------------------------
 

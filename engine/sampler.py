@@ -1,5 +1,7 @@
 """Chooses the next token of every row of a batch; no row has an influence on another.
 
+Nothing here waits for the device: what is drawn stays there, as ``DrawnTokens``.
+
 In this order, each step only on the rows that ask for it:
 
 1. ``logit_bias`` is added.
@@ -27,11 +29,11 @@ import torch
 from torch import Tensor
 
 from engine.device import Device
-from engine.plan import SampledToken
+from engine.drawn_tokens import DrawnLogprobs, DrawnTokens
 from engine.sampling_noise import gumbel_noise, row_keys
 from engine.sequence import Sequence
 from engine.token_counts import TokenCountsBySequence
-from ipc.messages import SamplingParams, TokenLogprobs
+from ipc.messages import SamplingParams
 
 # Below it, dividing could overflow float32; the draw is all but certain there.
 _MIN_TEMPERATURE = 1e-5
@@ -62,13 +64,16 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._counts = TokenCountsBySequence()
 
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    def sample_on_device(self, logits: Tensor, sequences: list[Sequence]) -> DrawnTokens:
         """The next token of ``sequences[i]`` from row ``i`` of ``logits`` ``[n, vocab]``.
 
-        Every sequence that is not greedy has a seed: one without is given a random one at arrival.
+        ``logits`` may be overwritten on the current stream afterwards. To be called before the
+        scheduler is told that the step was launched: the token to be drawn is not pending yet. A
+        sequence with penalties has no pending token; every one that is not greedy has a seed (one
+        without is given a random one at arrival).
         """
         if all(_is_plain_greedy(sequence) for sequence in sequences):
-            return [SampledToken(token_id, None) for token_id in logits.argmax(dim=-1).tolist()]
+            return DrawnTokens(logits.argmax(dim=-1))
         raw = logits.float()
         scores = raw.clone()
         self._add_bias(scores, sequences)
@@ -79,12 +84,7 @@ class Sampler:
         if drawing:
             rows = self._device.upload(np.array(drawing, dtype=np.int64))
             chosen[rows] = self._draw(scores[rows], [sequences[row] for row in drawing])
-        token_ids = chosen.tolist()
-        logprobs = self._logprobs(raw, chosen, sequences)
-        return [
-            SampledToken(token_id, of_token)
-            for token_id, of_token in zip(token_ids, logprobs, strict=True)
-        ]
+        return DrawnTokens(chosen, self._logprobs(raw, chosen, sequences))
 
     def _add_bias(self, scores: Tensor, sequences: list[Sequence]) -> None:
         entries = _Entries([], [], [])
@@ -99,7 +99,8 @@ class Sampler:
             scores[entries.indices(self._device)] += values
 
     def _penalize(self, scores: Tensor, sequences: list[Sequence]) -> None:
-        rows = _where(sequences, lambda s: _has_penalty(s.sampling))
+        rows = _where(sequences, lambda s: s.has_penalty)
+        assert not any(sequences[row].num_pending_tokens for row in rows), "tokens to count"
         counts = self._counts.update([sequences[row] for row in rows])
         if not rows:
             return
@@ -121,14 +122,17 @@ class Sampler:
         entries = _Entries([], [], [])
         for row, sequence in enumerate(sequences):
             sampling = sequence.sampling
-            if sequence.num_output_tokens < sampling.min_tokens:
+            if sequence.num_drawn_tokens < sampling.min_tokens:
                 ends = set(sampling.stop_token_ids)
                 if not sampling.ignore_eos:
                     ends.update(self._eos_token_ids)
                 entries.rows += [row] * len(ends)
                 entries.token_ids += ends
+                entries.values += [_IMPOSSIBLE] * len(ends)
         if entries.rows:
-            scores[entries.indices(self._device)] = _IMPOSSIBLE
+            # A scalar in place of the values would be copied to a GPU with the host waiting.
+            values = self._device.upload(np.array(entries.values, dtype=np.float32))
+            scores[entries.indices(self._device)] = values
 
     def _draw(self, scores: Tensor, sequences: list[Sequence]) -> Tensor:
         """One token id ``[n]`` for each row of ``scores`` ``[n, vocab]``, all with temperature."""
@@ -166,29 +170,16 @@ class Sampler:
 
     def _logprobs(
         self, raw: Tensor, chosen: Tensor, sequences: list[Sequence]
-    ) -> list[TokenLogprobs | None]:
-        found: list[TokenLogprobs | None] = [None] * len(sequences)
+    ) -> DrawnLogprobs | None:
         wanting = _where(sequences, lambda s: s.sampling.logprobs is not None)
         if not wanting:
-            return found
+            return None
         rows = self._device.upload(np.array(wanting, dtype=np.int64))
         logprobs = raw[rows].log_softmax(dim=-1)
         num_top = [sequences[row].sampling.logprobs or 0 for row in wanting]
         top = logprobs.topk(min(max(num_top), logprobs.shape[1]), dim=-1)
-        token_ids = chosen[rows]
-        of_chosen = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-        for row, count, token_id, logprob, top_ids, top_logprobs in zip(
-            wanting,
-            num_top,
-            token_ids.tolist(),
-            of_chosen.tolist(),
-            top.indices.tolist(),
-            top.values.tolist(),
-            strict=True,
-        ):
-            pairs = tuple(zip(top_ids[:count], top_logprobs[:count], strict=True))
-            found[row] = TokenLogprobs(token_id, logprob, pairs)
-        return found
+        of_chosen = logprobs.gather(1, chosen[rows].unsqueeze(1)).squeeze(1)
+        return DrawnLogprobs(wanting, num_top, of_chosen, top.indices, top.values)
 
 
 def _where(sequences: list[Sequence], wanted: Callable[[Sequence], bool]) -> list[int]:
@@ -201,16 +192,8 @@ def _is_plain_greedy(sequence: Sequence) -> bool:
         sampling.temperature < _MIN_TEMPERATURE
         and sampling.logprobs is None
         and not sampling.logit_bias
-        and not _has_penalty(sampling)
-        and sequence.num_output_tokens >= sampling.min_tokens
-    )
-
-
-def _has_penalty(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
+        and not sequence.has_penalty
+        and sequence.num_drawn_tokens >= sampling.min_tokens
     )
 
 
@@ -221,4 +204,4 @@ def _has_filter(sampling: SamplingParams) -> bool:
 def _seed_and_position(sequence: Sequence) -> tuple[int, int]:
     seed = sequence.sampling.seed
     assert seed is not None, sequence.request_id
-    return seed, len(sequence.token_ids)
+    return seed, sequence.num_tokens

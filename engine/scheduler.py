@@ -13,6 +13,25 @@ computed anew later; its place in the queue is still that of its arrival.
 No sequence waits for another one's adapter, but for this: once a sequence has waited for a slot
 longer than ``max_adapter_wait_s``, no later one is admitted with an unpinned adapter, so that the
 slots fall idle and one of them becomes free. Sequences of the base model go on.
+
+Steps overlap: step n+1 is scheduled and launched while step n runs, so before it is known which
+tokens n draws. A sequence whose newest token is *pending* is scheduled like any other; only if it
+ends by its length, which is known in advance, it is left out. If n turns out to end it, what n+1
+computes for it is dropped.
+
+Whatever ends or is preempted gives its blocks and its adapter back at once, although a step in
+flight may still read and write there. That is safe because of these four:
+
+- Steps run in the order of their launches. A block's next owner writes a place before it reads it,
+  in steps launched later: what a late write left there is overwritten first.
+- A step writes only into blocks that its sequence alone holds and that are not published. A block
+  is published when the step that filled it is complete, if its sequence still runs: what that one
+  has in flight lies behind the block. What an ended one has in flight goes into blocks that were
+  not published; who gets them next can publish them only after a later step. So no write in flight
+  reaches a block that anybody finds.
+- A preempted sequence still takes the token that it has in flight, drawn from blocks that nobody
+  could overwrite before; it is admitted again only when none of its tokens is pending.
+- An adapter's slot is written only behind all steps launched before it was given away.
 """
 
 import logging
@@ -66,9 +85,10 @@ class SchedulerStats:
 class Scheduler:
     """Owns all sequences between ``add`` and their end, and says what each step computes.
 
-    Owned by the step thread. ``schedule`` and ``complete`` alternate; ``add``, ``abort`` and
-    ``fail_adapter`` may come at any time, also while a step runs: what it computes for a sequence
-    that has ended meanwhile is dropped.
+    Owned by the step thread. A plan that is not empty is launched, and ``launched`` called, before
+    the next ``schedule``; ``complete`` is called in the order of the launches, with at most one
+    step in flight at each ``schedule``. ``add``, ``abort`` and ``fail_adapter`` may come at any
+    time but between ``schedule`` and ``launched``, ``fail_adapter`` even then.
     """
 
     def __init__(
@@ -86,6 +106,8 @@ class Scheduler:
         self._waiting = WaitingQueue()
         # In order of arrival.
         self._running: list[Sequence] = []
+        # Where in what the last launched step draws each sequence's token is.
+        self._sample_indices: dict[SequenceId, int] = {}
 
     @property
     def num_running(self) -> int:
@@ -103,6 +125,14 @@ class Scheduler:
             for adapter_id in self._waiting.adapters()
             if not self._residency.is_resident(adapter_id)
         )
+
+    @property
+    def awaits_tokens(self) -> bool:
+        """Whether all steps in flight are to be completed before the next ``schedule``.
+
+        So it is when a token is pending in a sequence with penalties: the next draw counts it.
+        """
+        return any(each.num_pending_tokens and each.has_penalty for each in self._running)
 
     def add(self, sequence: Sequence) -> None:
         """The sequence waits; its adapter is in demand from the next ``schedule`` on.
@@ -125,10 +155,7 @@ class Scheduler:
         """Ends the sequence without an answer; nothing happens if it has ended already."""
         if sequence.state is SequenceState.FINISHED:
             return
-        if sequence.state is SequenceState.RUNNING:
-            self._stop_running(sequence)
-        else:
-            self._waiting.remove(sequence)
+        self._withdraw(sequence)
         self._end(sequence)
 
     def fail_adapter(self, adapter_id: AdapterId) -> list[Sequence]:
@@ -159,31 +186,42 @@ class Scheduler:
             self._admit(chunks, budget, now_s)
         return StepPlan(tuple(chunks))
 
+    def launched(self, plan: StepPlan) -> None:
+        """The step is in flight: the tokens that it draws are pending."""
+        self._sample_indices = {}
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            assert sequence.state is SequenceState.RUNNING, "a plan is launched as it was made"
+            sequence.num_computed_tokens = chunk.start + chunk.num_tokens
+            if chunk.samples:
+                sequence.num_pending_tokens += 1
+                self._sample_indices[sequence.sequence_id] = len(self._sample_indices)
+
     def complete(self, plan: StepPlan, sampled: list[SampledToken]) -> list[SequenceProgress]:
         """Takes in what the step computed: its tokens, and who has ended with them.
 
         ``sampled`` has one token for each chunk that samples, in their order. The token that ends
-        a sequence is reported like any other. A sequence that ended while the step ran is not in
-        the answer.
+        a sequence is reported like any other. A sequence that ended while the step was in flight
+        is not in the answer.
         """
         tokens = iter(sampled)
         progress: list[SequenceProgress] = []
         for chunk in plan.chunks:
             token = next(tokens) if chunk.samples else None
             sequence = chunk.sequence
-            if sequence.state is not SequenceState.RUNNING:
+            if sequence.state is SequenceState.FINISHED:
                 continue
-            end = chunk.start + chunk.num_tokens
-            sequence.num_computed_tokens = end
-            self._blocks.publish(sequence, chunk.start, end)
+            if sequence.state is SequenceState.RUNNING:
+                self._blocks.publish(sequence, chunk.start, chunk.start + chunk.num_tokens)
             if token is None:
                 continue
+            sequence.num_pending_tokens -= 1
             sequence.token_ids.append(token.token_id)
             self.stats.num_generated_tokens += 1
             reason = self._finish_reason(sequence, token.token_id)
             if reason is not None:
                 sequence.finish_reason = reason
-                self._stop_running(sequence)
+                self._withdraw(sequence)
                 self._end(sequence)
             progress.append(SequenceProgress(sequence, token, reason))
         assert next(tokens, None) is None, "more tokens were sampled than the plan asked for"
@@ -197,11 +235,19 @@ class Scheduler:
     def _schedule_decodes(self, chunks: list[ScheduledChunk]) -> None:
         # A copy, as preemption takes from its end: those are skipped by their state.
         for sequence in tuple(self._running):
-            start = sequence.num_computed_tokens
-            if len(sequence.token_ids) - start != 1 or sequence.state is not SequenceState.RUNNING:
+            if sequence.num_uncomputed_tokens != 1 or sequence.state is not SequenceState.RUNNING:
+                continue
+            # Without a pending token it would have ended.
+            if sequence.num_pending_tokens and self._reaches_length(sequence):
                 continue
             if self._extend(sequence):
-                chunks.append(ScheduledChunk(sequence, start, 1, samples=True))
+                chunks.append(self._decode(sequence))
+
+    def _decode(self, sequence: Sequence) -> ScheduledChunk:
+        pending_from = None
+        if sequence.num_pending_tokens:
+            pending_from = self._sample_indices[sequence.sequence_id]
+        return ScheduledChunk(sequence, sequence.num_computed_tokens, 1, True, pending_from)
 
     def _extend(self, sequence: Sequence) -> bool:
         """Gets the block for one more token; False if the sequence itself had to make room."""
@@ -268,6 +314,12 @@ class Scheduler:
             self.stats.num_prompt_tokens += sequence.num_prompt_tokens
             self.stats.num_cached_prompt_tokens += sequence.num_cached_tokens
 
+    def _withdraw(self, sequence: Sequence) -> None:
+        if sequence.state is SequenceState.RUNNING:
+            self._stop_running(sequence)
+        else:
+            self._waiting.remove(sequence)
+
     def _stop_running(self, sequence: Sequence) -> None:
         index = bisect_left(self._running, sequence.sequence_id, key=_arrival)
         assert self._running[index] is sequence, "only a running sequence is stopped"
@@ -288,16 +340,23 @@ class Scheduler:
             ends = not sampling.ignore_eos and token_id in self._limits.eos_token_ids
             if ends or token_id in sampling.stop_token_ids:
                 return FinishReason.STOP
-        longest = self._limits.max_sequence_tokens
-        if num_output_tokens >= sequence.max_tokens or len(sequence.token_ids) >= longest:
+        # A step that draws one more was launched only if this was not to be the last.
+        if not sequence.num_pending_tokens and self._reaches_length(sequence):
             return FinishReason.LENGTH
         return None
+
+    def _reaches_length(self, sequence: Sequence) -> bool:
+        """Whether no token may follow those that are drawn, pending ones among them."""
+        return (
+            sequence.num_drawn_tokens >= sequence.max_tokens
+            or sequence.num_tokens >= self._limits.max_sequence_tokens
+        )
 
 
 def _add_chunk(chunks: list[ScheduledChunk], sequence: Sequence, budget: int) -> int:
     """Schedules as much of the sequence as ``budget`` allows; returns how much."""
     start = sequence.num_computed_tokens
-    num_uncomputed = len(sequence.token_ids) - start
+    num_uncomputed = sequence.num_uncomputed_tokens
     num_tokens = min(num_uncomputed, budget)
     samples = num_tokens == num_uncomputed
     chunks.append(ScheduledChunk(sequence, start, num_tokens, samples))

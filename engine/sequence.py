@@ -17,6 +17,8 @@ class SequenceState(Enum):
     | WAITING  | none                      | RUNNING when admitted, FINISHED             |
     | RUNNING  | all of its computed tokens| WAITING when preempted, FINISHED            |
     | FINISHED | none                      |                                             |
+
+    A step that is in flight while the state changes goes on with the blocks it was launched with.
     """
 
     WAITING = "waiting"
@@ -28,9 +30,11 @@ class SequenceState(Enum):
 class Sequence:
     """One prompt and the tokens that follow it.
 
-    ``token_ids`` is prompt then output. The first ``num_computed_tokens`` of them have their keys
-    and values in ``block_table``'s blocks. ``num_cached_tokens`` of the prompt came from the prefix
-    cache. ``block_keys`` are the prefix keys of its first full blocks, as far as they were needed.
+    ``token_ids`` is prompt then output, as far as the host knows it; ``num_pending_tokens`` more
+    come from steps in flight. The keys and values of the first ``num_computed_tokens`` lie in
+    ``block_table``'s blocks, or will once the steps in flight are done. ``num_cached_tokens`` of
+    the prompt came from the prefix cache. ``block_keys`` are the prefix keys of its first full
+    blocks, as far as they were needed.
     """
 
     sequence_id: SequenceId
@@ -43,6 +47,7 @@ class Sequence:
     sampling: SamplingParams
     arrival_s: float
     state: SequenceState = SequenceState.WAITING
+    num_pending_tokens: int = 0
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -51,9 +56,30 @@ class Sequence:
     finish_reason: FinishReason | None = None
 
     @property
+    def num_tokens(self) -> int:
+        """Known and pending ones: also the position of the next token to be drawn."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
     def num_output_tokens(self) -> int:
+        """Those of the output that the host knows."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_drawn_tokens(self) -> int:
+        """Those of the output, known and pending."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether drawing needs to know every token before, so that none may be pending."""
+        sampling = self.sampling
+        return (
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
+        )

@@ -26,7 +26,8 @@ from engine.block_manager import BlockManager
 from engine.commands import AddAdapter, AddRequest, LoaderConnected, LoadPlaced
 from engine.core import EngineCore
 from engine.device import CpuDevice
-from engine.plan import SampledToken, StepPlan
+from engine.drawn_tokens import DrawnStep, DrawnTokens
+from engine.plan import LaunchedStep, StepPlan
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.slot_allocator import SlotAllocator
@@ -56,9 +57,10 @@ class FixedRunner:
     def __init__(self) -> None:
         self._device = CpuDevice()
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         to_device(flatten(plan, BLOCK_SIZE), self._device)
-        return [SampledToken(TOKEN_ID, None) for chunk in plan.chunks if chunk.samples]
+        num_sampled = sum(chunk.samples for chunk in plan.chunks)
+        return DrawnStep(DrawnTokens(torch.full((num_sampled,), TOKEN_ID)), self._device)
 
 
 class InstantSlots:
@@ -134,6 +136,7 @@ def measure(num_requests: int, num_adapters: int, num_steps: int) -> dict[str, f
         blocks,
         FixedRunner(),
         pool,
+        overlap_steps=False,
         max_waiting=num_requests,
         seed=0,
         deliver=clients.deliver,

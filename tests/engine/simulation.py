@@ -1,11 +1,14 @@
 """A simulated machine under the real policy: a loader that is slow, fails and dies, a placer, a
-pool and a KV cache that remember what was written where, clients that come and go, and a clock.
+device that runs late, a pool and a KV cache that remember what was written where, clients that
+come and go, and a clock.
 
 The pool and the cache hold stamps in place of tensors, so that "another adapter's weights" and
 "another prompt's keys" are found the moment a step would read them.
 """
 
 import random
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -16,18 +19,20 @@ from engine.adapter_actions import (
     InstallAdapter,
     RemoveAdapter,
 )
-from engine.plan import SampledToken, ScheduledChunk, StepPlan
+from engine.plan import LaunchedStep, StepPlan
 from engine.sequence import Sequence, SequenceState
 from ipc.errors import AdapterInvalid, Overloaded
 from ipc.image import ImageLayout
-from ipc.messages import AdapterId, FinishReason, Forget, LoadId, Residency, SamplingParams, Warm
-from tests.engine.builders import EOS, Policy, make_manifest, make_sequence
+from ipc.messages import AdapterId, Forget, LoadId, Residency, SamplingParams, Warm
+from tests.engine.builders import Policy, make_manifest, make_sequence
+from tests.engine.late_device import LateDevice, answer
 
 WAIT_LIMIT_S = 0.5
 LOAD_TIMEOUT_S = 4.0
 POOL_BYTES = 40 * 1024
 NUM_BLOCKS = 16
 BLOCK_SIZE = 4
+MAX_SEQUENCE_TOKENS = 48
 MAX_TOKENS_IN_STEP = 24
 RANKS = (8, 16, 24, 32)
 MODULES = (("q_proj",), ("v_proj",), ("q_proj", "v_proj"))
@@ -35,25 +40,35 @@ MODULES = (("q_proj",), ("v_proj",), ("q_proj", "v_proj"))
 
 @dataclass(eq=False)
 class SimulatedLoad:
+    """Writes only once the first ``fence`` steps are done: all that were launched before it."""
+
     adapter_id: AdapterId
     pieces: list[tuple[int, int]]
+    fence: int
     ends_s: float
     fails: bool
     abandoned: bool = False
 
 
 class Simulation:
-    """One engine's life; ``tick`` is one turn of the step loop, with all that may happen in it."""
+    """One engine's life; ``tick`` is one turn of the step loop, with all that may happen in it.
 
-    def __init__(self, rng: random.Random) -> None:
+    With ``overlap`` a step stays in flight from one turn to the next.
+    """
+
+    def __init__(self, rng: random.Random, overlap: bool) -> None:
         self.rng = rng
+        self.overlap = overlap
+        self.device = LateDevice(BLOCK_SIZE, self._see_adapter)
+        self.in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
+        self.num_overlapped = 0
         self.policy = Policy(
             pool_bytes=POOL_BYTES,
             num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
             max_num_seqs=6,
             max_num_batched_tokens=MAX_TOKENS_IN_STEP,
-            max_sequence_tokens=48,
+            max_sequence_tokens=MAX_SEQUENCE_TOKENS,
             max_adapter_wait_s=WAIT_LIMIT_S,
             load_timeout_s=LOAD_TIMEOUT_S,
         )
@@ -68,7 +83,6 @@ class Simulation:
         self.extents: dict[AdapterId, list[tuple[int, int]]] = {}
         self.stamps: dict[int, AdapterId] = {}
         self.table: dict[AdapterId, list[tuple[int, int]]] = {}
-        self.keys: dict[tuple[int, int], int] = {}
         self.starving_since_s: dict[AdapterId, float] = {}
 
     # --- What others do --------------------------------------------------------------------
@@ -107,7 +121,11 @@ class Simulation:
             adapter_id,
             max_tokens=self.rng.randint(1, 20),
             arrival_s=self.now_s,
-            sampling=SamplingParams(ignore_eos=self.rng.random() < 0.5),
+            sampling=SamplingParams(
+                ignore_eos=self.rng.random() < 0.5,
+                min_tokens=self.rng.choice((0, 0, 3)),
+                presence_penalty=self.rng.choice((0.0,) * 9 + (0.5,)),
+            ),
         )
         self.sequences.append(sequence)
         self.num_answers[sequence] = 0
@@ -153,20 +171,20 @@ class Simulation:
         policy = self.policy
         self.now_s += self.rng.choice((0.001, 0.01, 0.05, 0.2))
         self.progress_loads()
+        if policy.scheduler.awaits_tokens:
+            self._complete_steps(num_left=0)
         running_before = {s for s in self.sequences if s.state is SequenceState.RUNNING}
         plan = policy.scheduler.schedule(self.now_s)
         self._carry_out_actions()
         self._check_bounded_waiting(plan, running_before)
         self._check_plan(plan)
-        sampled = self._run(plan)
+        if plan.chunks:
+            self.num_overlapped += bool(self.in_flight)
+            self.in_flight.append((plan, self.device.launch(plan)))
+            policy.scheduler.launched(plan)
         if cancels_while_running:
             self.cancel()
-        for progress in policy.scheduler.complete(plan, sampled):
-            assert progress.sequence.token_ids[-1] == progress.sampled.token_id
-            if progress.finish_reason is not None:
-                assert progress.sequence.num_output_tokens <= progress.sequence.max_tokens
-                assert progress.finish_reason in FinishReason
-                self._answered(progress.sequence)
+        self._complete_steps(num_left=1 if self.overlap and plan.chunks else 0)
         policy.slots.assert_consistent()
         policy.blocks.assert_consistent()
 
@@ -181,6 +199,8 @@ class Simulation:
                 break
             self.tick()
         assert all(count == 1 for count in self.num_answers.values())
+        for sequence in self.sequences:
+            self._check_answer(sequence)
         policy = self.policy
         policy.scheduler.assert_idle()
         while self.registered:
@@ -191,6 +211,16 @@ class Simulation:
         assert policy.pool.used_bytes == 0
         assert len(set(self.forgotten)) == len(self.forgotten)
         assert policy.residency.num_resident == 0
+
+    def _complete_steps(self, num_left: int) -> None:
+        while len(self.in_flight) > num_left:
+            plan, step = self.in_flight.popleft()
+            for progress in self.policy.scheduler.complete(plan, step.wait()):
+                sequence = progress.sequence
+                assert sequence.token_ids[-1] == progress.sampled.token_id
+                assert sequence.finish_reason is progress.finish_reason
+                if progress.finish_reason is not None:
+                    self._answered(sequence)
 
     def _carry_out_actions(self) -> None:
         for action in self.policy.residency.take_actions():
@@ -235,6 +265,7 @@ class Simulation:
         load = SimulatedLoad(
             action.adapter_id,
             pieces,
+            self.device.num_launched,
             self.now_s + self.rng.choice((0.0, 0.02, 0.3, 1.0, 6.0)),
             fails=self.rng.random() < 0.1,
         )
@@ -242,29 +273,8 @@ class Simulation:
         self._write(load)
 
     def _write(self, load: SimulatedLoad) -> None:
+        self.device.run_up_to(load.fence)
         self.stamps.update((start, load.adapter_id) for start, _ in load.pieces)
-
-    def _run(self, plan: StepPlan) -> list[SampledToken]:
-        sampled = []
-        for chunk in plan.chunks:
-            self._compute(chunk)
-            if chunk.samples:
-                token = self.rng.choice((EOS, 1, 1, 2, 3))
-                sampled.append(SampledToken(token, None))
-        return sampled
-
-    def _compute(self, chunk: ScheduledChunk) -> None:
-        """Checks that every key that is read is this sequence's own, and writes the new ones."""
-        sequence = chunk.sequence
-        key = hash(sequence.adapter_id)
-        for position, token in enumerate(sequence.token_ids[: chunk.start + chunk.num_tokens]):
-            key = hash((key, token))
-            block = sequence.block_table[position // BLOCK_SIZE]
-            place = (block, position % BLOCK_SIZE)
-            if position < chunk.start:
-                assert self.keys[place] == key, "another prompt's keys"
-            else:
-                self.keys[place] = key
 
     # --- Invariants ----------------------------------------------------------------------------
 
@@ -282,12 +292,27 @@ class Simulation:
             assert sequence.state is SequenceState.RUNNING
             assert chunk.num_tokens > 0
             end = chunk.start + chunk.num_tokens
-            assert chunk.samples == (end == len(sequence.token_ids))
+            assert chunk.samples == (end == sequence.num_tokens)
+            assert sequence.num_drawn_tokens < sequence.max_tokens
+            assert not (sequence.has_penalty and chunk.pending_from is not None)
             for block in sequence.block_table[chunk.start // BLOCK_SIZE : -(-end // BLOCK_SIZE)]:
                 assert holders[block] == 1, "a step writes into a block that others read"
-            if sequence.adapter_id is not None:
-                pieces = self.table[sequence.adapter_id]
-                assert all(self.stamps[start] == sequence.adapter_id for start, _ in pieces)
+
+    def _see_adapter(self, adapter_id: AdapterId) -> Callable[[], None]:
+        pieces = self.table[adapter_id]
+
+        def read() -> None:
+            assert all(self.stamps[start] == adapter_id for start, _ in pieces), "another adapter"
+
+        return read
+
+    def _check_answer(self, sequence: Sequence) -> None:
+        output = sequence.token_ids[sequence.num_prompt_tokens :]
+        expected, reason = answer(sequence, MAX_SEQUENCE_TOKENS)
+        if sequence.finish_reason is None:
+            assert output == expected[: len(output)]
+        else:
+            assert (output, sequence.finish_reason) == (expected, reason)
 
     def _check_bounded_waiting(self, plan: StepPlan, running_before: set[Sequence]) -> None:
         residency = self.policy.residency

@@ -1,5 +1,7 @@
 """How a plan becomes flat arrays."""
 
+from dataclasses import replace
+
 from engine.batch import flatten, to_device
 from engine.device import CpuDevice
 from engine.lora.segments import Segment
@@ -51,8 +53,25 @@ def test_the_device_gets_the_same_arrays() -> None:
     batch = flatten(PLAN, block_size=2)
     tensors = to_device(batch, CpuDevice())
     assert tensors.token_ids.tolist() == batch.token_ids.tolist()
+    assert tensors.pending_rows.tolist() == batch.pending_rows.tolist()
+    assert tensors.pending_samples.tolist() == batch.pending_samples.tolist()
     assert tensors.positions.tolist() == batch.positions.tolist()
     assert tensors.slot_mapping.tolist() == batch.slot_mapping.tolist()
     assert tensors.block_tables.tolist() == batch.block_tables.tolist()
     assert tensors.context_lens.tolist() == batch.context_lens.tolist()
     assert tensors.sample_rows.tolist() == batch.sample_rows.tolist()
+
+
+def test_a_pending_token_is_taken_from_what_the_step_before_draws() -> None:
+    chunks = list(PLAN.chunks)
+    for index, sample in ((2, 1), (3, 4)):
+        sequence = chunks[index].sequence
+        pending = make_sequence(sequence.token_ids[:-1], adapter_id=sequence.adapter_id)
+        pending.block_table = sequence.block_table
+        pending.num_pending_tokens = 1
+        chunks[index] = replace(chunks[index], sequence=pending, pending_from=sample)
+    batch = flatten(StepPlan(tuple(chunks)), block_size=2)
+    assert batch.token_ids.tolist() == [20, 21, 22, 0, 13, 14, 0]
+    assert batch.pending_rows.tolist() == [3, 6]
+    assert batch.pending_samples.tolist() == [1, 4]
+    assert batch.positions.tolist() == flatten(PLAN, block_size=2).positions.tolist()

@@ -7,21 +7,25 @@ import pytest
 from tests.engine.simulation import Simulation
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("case", range(24))
-def test_every_request_ends_once_and_nothing_leaks_whatever_happens(case: int, seed: int) -> None:
-    simulate(case, seed)
+def test_every_request_ends_once_with_its_own_tokens_and_nothing_leaks_whatever_happens(
+    case: int, overlap: bool, seed: int
+) -> None:
+    simulate(case, overlap, seed)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("case", range(24, 1024))
-def test_a_thousand_more_machines_misbehave(case: int, seed: int) -> None:
-    simulate(case, seed)
+def test_a_thousand_more_machines_misbehave(case: int, overlap: bool, seed: int) -> None:
+    simulate(case, overlap, seed)
 
 
-def simulate(case: int, seed: int) -> None:
+def simulate(case: int, overlap: bool, seed: int) -> None:
     """Four hundred steps of arrivals, cancellations, registrations and dying loaders."""
     rng = random.Random(f"{seed}-{case}")
-    simulation = Simulation(rng)
+    simulation = Simulation(rng, overlap)
     for _ in range(4):
         simulation.register(pinned=False)
     arrivals = rng.choice((0.15, 0.4, 0.8))
@@ -44,3 +48,4 @@ def simulate(case: int, seed: int) -> None:
             simulation.start_loader()
         simulation.tick(cancels_while_running=rng.random() < 0.05)
     simulation.drain()
+    assert bool(simulation.num_overlapped) == overlap

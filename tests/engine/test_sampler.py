@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.device import CpuDevice
+from engine.device import CpuDevice, Device
+from engine.drawn_tokens import DrawnStep
 from engine.plan import SampledToken
 from engine.sampler import Sampler
 from engine.sequence import Sequence
@@ -18,8 +19,14 @@ from tests.engine.rig import GREEDY, make_sequence
 EOS = 3
 
 
+def sample_with(
+    sampler: Sampler, device: Device, logits: Tensor, sequences: list[Sequence]
+) -> list[SampledToken]:
+    return DrawnStep(sampler.sample_on_device(logits, sequences), device).wait()
+
+
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
-    return Sampler(CpuDevice(), (EOS,)).sample(logits, sequences)
+    return sample_with(Sampler(CpuDevice(), (EOS,)), CpuDevice(), logits, sequences)
 
 
 def sequence(
@@ -139,7 +146,7 @@ def test_penalties_count_the_tokens_that_came_since_the_last_step() -> None:
     sampler = Sampler(CpuDevice(), ())
     drawn = []
     for _ in range(5):
-        (token,) = sampler.sample(torch.tensor([[2.1, 3.0, 0.5]]), [growing])
+        (token,) = sample_with(sampler, CpuDevice(), torch.tensor([[2.1, 3.0, 0.5]]), [growing])
         growing.token_ids.append(token.token_id)
         drawn.append(token.token_id)
     # 3.0, then 2.1 against 2.0, then 2.0 against 1.1, then 1.1 against 1.0, then 1.0 against 0.5.
@@ -229,6 +236,19 @@ def test_a_row_that_is_not_a_number_changes_no_other() -> None:
     assert first == last == expected
 
 
+def test_a_pending_token_counts_for_the_position_and_for_min_tokens() -> None:
+    sampling = SamplingParams(seed=7, min_tokens=2)
+    known, pending = sequence(sampling, [1], [5, 6]), sequence(sampling, [1], [5])
+    pending.num_pending_tokens = 1
+    logits = torch.zeros(1, 1000)
+    logits[0, EOS] = 5.0
+    assert sample(logits, [pending]) == sample(logits, [known])
+    greedy = sequence(SamplingParams(temperature=0.0, min_tokens=2), [1], [5])
+    assert sample(logits, [greedy])[0].token_id != EOS
+    greedy.num_pending_tokens = 1
+    assert sample(logits, [greedy])[0].token_id == EOS
+
+
 def test_the_seed_and_the_position_decide_the_draw() -> None:
     flat = torch.zeros(1, 1000)
 
@@ -247,6 +267,30 @@ def test_a_gpu_draws_the_same_tokens_as_the_cpu(rng: random.Random) -> None:
 
     logits = torch.randn(64, 2000, generator=torch.Generator().manual_seed(3))
     sequences = [sequence(random_sampling(rng), [1, 2, row], [4, row], row) for row in range(64)]
-    on_gpu = Sampler(CudaDevice(), (EOS,)).sample(logits.cuda(), sequences)
+    device = CudaDevice()
+    with device.forward_stream():
+        on_gpu = sample_with(Sampler(device, (EOS,)), device, logits.cuda(), sequences)
     on_cpu = sample(logits, sequences)
     assert [token.token_id for token in on_gpu] == [token.token_id for token in on_cpu]
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_the_gpu_to_draw(rng: random.Random) -> None:
+    from engine.device import CudaDevice
+
+    device = CudaDevice()
+    sampler = Sampler(device, (EOS,))
+    sequences = [sequence(random_sampling(rng), [1, 2, row], [4, row], row) for row in range(64)]
+    logits = torch.randn(64, 2000, device=device.torch_device)
+    device.synchronize()
+    for _ in range(2):
+        # The first round loads kernels, for which the host may have to wait.
+        with device.forward_stream():
+            torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+            asleep = device.record_forward_event()
+            step = DrawnStep(sampler.sample_on_device(logits, sequences), device)
+            is_early = not asleep.query()
+        tokens = step.wait()
+    assert is_early
+    on_cpu = sample(logits.cpu(), sequences)
+    assert [token.token_id for token in tokens] == [token.token_id for token in on_cpu]

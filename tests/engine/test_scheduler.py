@@ -11,10 +11,19 @@ from tests.engine.builders import EOS, Policy, make_manifest, make_sequence
 IMAGE_BYTES = 6144
 
 
-def _step(policy: Policy, token: int = 5, now_s: float = 0.0) -> list[SequenceProgress]:
+def _launch(policy: Policy, now_s: float = 0.0) -> StepPlan:
     plan = policy.scheduler.schedule(now_s)
+    policy.scheduler.launched(plan)
+    return plan
+
+
+def _complete(policy: Policy, plan: StepPlan, token: int = 5) -> list[SequenceProgress]:
     num_sampled = sum(chunk.samples for chunk in plan.chunks)
     return policy.scheduler.complete(plan, [SampledToken(token, None)] * num_sampled)
+
+
+def _step(policy: Policy, token: int = 5, now_s: float = 0.0) -> list[SequenceProgress]:
+    return _complete(policy, _launch(policy, now_s), token)
 
 
 def _shape(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
@@ -46,10 +55,9 @@ def test_a_long_prompt_is_computed_in_chunks_and_only_the_last_one_samples() -> 
     _add(policy, make_sequence(0, [1] * 25))
     shapes = []
     for _ in range(4):
-        plan = policy.scheduler.schedule(0.0)
+        plan = _launch(policy)
         shapes += _shape(plan)
-        tokens = [SampledToken(5, None) for chunk in plan.chunks if chunk.samples]
-        policy.scheduler.complete(plan, tokens)
+        _complete(policy, plan)
     assert shapes == [(0, 0, 10, False), (0, 10, 10, False), (0, 20, 5, True), (0, 25, 1, True)]
 
 
@@ -248,7 +256,7 @@ def test_what_a_step_computed_for_an_aborted_sequence_is_dropped() -> None:
     policy = Policy()
     first, second = make_sequence(0, [1] * 8), make_sequence(1, [2] * 8)
     _add(policy, first, second)
-    plan = policy.scheduler.schedule(0.0)
+    plan = _launch(policy)
     policy.scheduler.abort(first)
     policy.scheduler.abort(first)
     progress = policy.scheduler.complete(plan, [SampledToken(5, None), SampledToken(6, None)])
@@ -262,8 +270,146 @@ def test_an_aborted_prompt_is_not_found_in_the_cache() -> None:
     policy = Policy()
     sequence = make_sequence(0, [1] * 9)
     _add(policy, sequence)
-    plan = policy.scheduler.schedule(0.0)
+    plan = _launch(policy)
     policy.scheduler.abort(sequence)
     policy.scheduler.complete(plan, [SampledToken(5, None)])
     _add(policy, make_sequence(1, [1] * 9))
     assert _shape(policy.scheduler.schedule(0.0)) == [(1, 0, 9, True)]
+
+
+# --- Overlapped steps ---------------------------------------------------------------------------
+
+
+def test_a_sequence_goes_on_from_a_token_that_the_host_does_not_know_yet() -> None:
+    policy = Policy(max_num_batched_tokens=10)
+    first, second = make_sequence(0, [1] * 3), make_sequence(1, [2] * 3)
+    _add(policy, make_sequence(2, [3] * 9), first, second)
+    before = _launch(policy)
+    assert _shape(before) == [(0, 0, 3, True), (1, 0, 3, True), (2, 0, 4, False)]
+    plan = _launch(policy)
+    assert _shape(plan) == [(0, 3, 1, True), (1, 3, 1, True), (2, 4, 5, True)]
+    assert [chunk.pending_from for chunk in plan.chunks] == [0, 1, None]
+    _complete(policy, before, 5)
+    assert (first.token_ids, first.num_tokens) == ([1, 1, 1, 5], 5)
+    assert [chunk.pending_from for chunk in _launch(policy).chunks] == [0, 1, 2]
+
+
+def test_a_token_that_is_known_again_is_not_pending() -> None:
+    policy = Policy()
+    _add(policy, make_sequence(0, [1] * 3))
+    _step(policy)
+    (chunk,) = policy.scheduler.schedule(0.0).chunks
+    assert chunk.pending_from is None
+
+
+@pytest.mark.parametrize(("max_tokens", "longest"), [(2, 64), (50, 5)])
+def test_a_sequence_that_ends_by_its_length_is_not_scheduled_past_it(
+    max_tokens: int, longest: int
+) -> None:
+    policy = Policy(max_sequence_tokens=longest)
+    sequence = make_sequence(0, [1] * 3, max_tokens=max_tokens)
+    _add(policy, sequence)
+    prefill = _launch(policy)
+    decode = _launch(policy)
+    assert not policy.scheduler.schedule(0.0).chunks
+    assert [p.finish_reason for p in _complete(policy, prefill)] == [None]
+    assert not policy.scheduler.schedule(0.0).chunks
+    assert [p.finish_reason for p in _complete(policy, decode)] == [FinishReason.LENGTH]
+    assert sequence.token_ids == [1, 1, 1, 5, 5]
+    policy.scheduler.assert_idle()
+
+
+def test_what_the_next_step_computes_for_a_sequence_that_has_ended_is_dropped() -> None:
+    policy = Policy()
+    sequence = make_sequence(0, [1] * 3)
+    _add(policy, sequence)
+    prefill, decode = _launch(policy), _launch(policy)
+    assert [p.finish_reason for p in _complete(policy, prefill, EOS)] == [FinishReason.STOP]
+    assert _complete(policy, decode, 7) == []
+    assert sequence.token_ids == [1, 1, 1, EOS]
+    policy.scheduler.assert_idle()
+
+
+def _preempted_with_a_pending_token() -> tuple[Policy, Sequence, Sequence, StepPlan]:
+    """Of two sequences that fill all blocks, the second had to go while its token is drawn."""
+    policy = Policy(num_blocks=4, block_size=4, max_sequence_tokens=16)
+    early, late = make_sequence(0, [1] * 7, max_tokens=8), make_sequence(1, [2] * 4, max_tokens=8)
+    _add(policy, early, late)
+    _step(policy)
+    before = _launch(policy)
+    assert _shape(before) == [(0, 7, 1, True), (1, 4, 1, True)]
+    assert _shape(_launch(policy)) == [(0, 8, 1, True)]
+    assert (late.state, late.num_pending_tokens) == (SequenceState.WAITING, 1)
+    return policy, early, late, before
+
+
+def test_a_preempted_sequence_takes_the_token_that_it_has_in_flight() -> None:
+    policy, early, late, before = _preempted_with_a_pending_token()
+    assert [p.sequence for p in _complete(policy, before, 9)] == [early, late]
+    assert late.token_ids == [2, 2, 2, 2, 5, 9]
+    policy.scheduler.abort(early)
+    # Nothing of it was published after it gave its blocks back, but its first block before.
+    assert _shape(policy.scheduler.schedule(0.0)) == [(1, 4, 2, True)]
+
+
+def test_a_preempted_sequence_may_end_with_the_token_that_it_has_in_flight() -> None:
+    policy, early, late, before = _preempted_with_a_pending_token()
+    reasons = [p.finish_reason for p in _complete(policy, before, EOS)]
+    assert reasons == [FinishReason.STOP, FinishReason.STOP]
+    assert (early.state, late.state) == (SequenceState.FINISHED, SequenceState.FINISHED)
+    policy.scheduler.assert_idle()
+
+
+def test_a_sequence_that_ended_while_preempted_takes_no_token_any_more() -> None:
+    policy, early, late, before = _preempted_with_a_pending_token()
+    policy.scheduler.abort(late)
+    assert [p.sequence for p in _complete(policy, before, 9)] == [early]
+    assert late.token_ids == [2, 2, 2, 2, 5]
+
+
+def test_a_block_is_found_only_when_the_step_that_filled_it_is_complete() -> None:
+    policy = Policy()
+    _add(policy, make_sequence(0, [1] * 8))
+    prefill = _launch(policy)
+    _add(policy, make_sequence(1, [1] * 9))
+    assert _shape(_launch(policy)) == [(0, 8, 1, True), (1, 0, 9, True)]
+    _complete(policy, prefill)
+    _add(policy, make_sequence(2, [1] * 9))
+    assert _shape(policy.scheduler.schedule(0.0))[-1] == (2, 8, 1, True)
+
+
+def test_a_block_that_the_next_step_fills_is_not_found_yet() -> None:
+    policy = Policy(max_num_batched_tokens=4, max_num_seqs=4)
+    _add(policy, make_sequence(0, [1] * 9))
+    first, _ = _launch(policy), _launch(policy)
+    _complete(policy, first)
+    later = make_sequence(1, [1] * 9)
+    assert policy.blocks.admit(later, num_spare=0)
+    assert later.num_computed_tokens == 4
+
+
+def test_only_a_sequence_with_penalties_awaits_the_token_that_is_in_flight() -> None:
+    policy = Policy()
+    _add(policy, make_sequence(0, [1] * 3, sampling=SamplingParams(min_tokens=3, logprobs=2)))
+    plans = [_launch(policy)]
+    assert not policy.scheduler.awaits_tokens
+    _add(policy, make_sequence(1, [2] * 3, sampling=SamplingParams(frequency_penalty=0.5)))
+    plans.append(_launch(policy))
+    assert policy.scheduler.awaits_tokens
+    for plan in plans:
+        _complete(policy, plan)
+    assert not policy.scheduler.awaits_tokens
+
+
+def test_an_ended_sequences_adapter_is_free_although_a_step_in_flight_reads_it() -> None:
+    policy = _with_adapters(1, 2)
+    _add(policy, make_sequence(0, [1], 1))
+    policy.scheduler.schedule(0.0)
+    _place_loads(policy)
+    prefill = _launch(policy)
+    _launch(policy)
+    _add(policy, make_sequence(1, [1], 2))
+    _complete(policy, prefill, EOS)
+    policy.scheduler.schedule(0.0)
+    actions = [type(action).__name__ for action in policy.residency.take_actions()]
+    assert actions[-2:] == ["RemoveAdapter", "BeginLoad"]

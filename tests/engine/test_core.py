@@ -1,0 +1,192 @@
+"""The step loop: when it launches, waits and delivers, and what clients get."""
+
+import random
+from collections.abc import Mapping
+
+import pytest
+
+from engine.adapter_actions import BeginLoad, InstallAdapter
+from engine.commands import AddRequest, CancelRequest
+from engine.core import EngineCore
+from engine.plan import LaunchedStep, SampledToken, StepPlan
+from ipc.messages import AdapterId, FinishReason, LoadId, RequestId, SamplingParams, TokenDelta
+from tests.engine.builders import EOS, Policy, make_sequence
+from tests.engine.late_device import LateDevice, LateStep, answer
+
+CLIENT = b"client"
+MAX_SEQUENCE_TOKENS = 48
+
+
+class NoSlots:
+    """For an engine without adapters."""
+
+    def begin(self, load: BeginLoad) -> None:
+        raise AssertionError(load)
+
+    def abandon(self, load_id: LoadId) -> None:
+        raise AssertionError(load_id)
+
+    def install(self, adapter: InstallAdapter) -> None:
+        raise AssertionError(adapter)
+
+    def remove(self, adapter_id: AdapterId) -> None:
+        raise AssertionError(adapter_id)
+
+
+class Loop:
+    """A core with a late device; ``events`` says what it did, ``deltas`` what clients got."""
+
+    def __init__(self, overlap_steps: bool, num_blocks: int = 64) -> None:
+        self.policy = Policy(
+            num_blocks=num_blocks, max_num_seqs=6, max_sequence_tokens=MAX_SEQUENCE_TOKENS
+        )
+        self.device = LateDevice(block_size=4)
+        self.events: list[str] = []
+        self.deltas: dict[RequestId, list[TokenDelta]] = {}
+        self.core = EngineCore(
+            self.policy.scheduler,
+            self.policy.residency,
+            self.policy.blocks,
+            self,
+            NoSlots(),
+            overlap_steps=overlap_steps,
+            max_waiting=100,
+            seed=0,
+            deliver=self._deliver,
+            send_to_loader=lambda message: None,
+            adapter_failed=lambda adapter_id, error: None,
+        )
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        step = self.device.launch(plan)
+        self.events.append(f"launch {step.number}")
+        return _Watched(step, self.events)
+
+    def ask(
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int = 4,
+        sampling: SamplingParams | None = None,
+    ) -> None:
+        sampling = sampling or SamplingParams(ignore_eos=True)
+        request = AddRequest(CLIENT, RequestId(name), None, prompt, max_tokens, sampling, 0.0)
+        self.core.carry_out(request)
+
+    def run_dry(self) -> None:
+        while self.core.step(0.0):
+            self.policy.blocks.assert_consistent()
+        self.policy.scheduler.assert_idle()
+
+    def output(self, name: str) -> list[int]:
+        """All that the client got for the request, which ended with the last delta alone."""
+        deltas = self.deltas[RequestId(name)]
+        assert [d.finish_reason is not None for d in deltas] == [False] * (len(deltas) - 1) + [True]
+        return [token_id for delta in deltas for token_id in delta.token_ids]
+
+    def _deliver(self, deltas: Mapping[bytes, list[TokenDelta]]) -> None:
+        self.events.append("deliver")
+        for delta in deltas[CLIENT]:
+            self.deltas.setdefault(delta.request_id, []).append(delta)
+
+
+class _Watched:
+    def __init__(self, step: LateStep, events: list[str]) -> None:
+        self._step = step
+        self._events = events
+
+    def wait(self) -> list[SampledToken]:
+        self._events.append(f"wait {self._step.number}")
+        return self._step.wait()
+
+
+def prompt_that_ends_at_once() -> list[int]:
+    """One whose first token is the end of its sequence."""
+    for last in range(1, 100):
+        sequence = make_sequence(0, [1, last], sampling=SamplingParams())
+        if answer(sequence, MAX_SEQUENCE_TOKENS)[0] == [EOS]:
+            return [1, last]
+    raise AssertionError("no such prompt")
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_waited_for() -> None:
+    loop = Loop(overlap_steps=True)
+    loop.ask("a", [1, 2], max_tokens=3)
+    loop.run_dry()
+    assert " ".join(loop.events) == (
+        "launch 0 launch 1 wait 0 deliver launch 2 wait 1 deliver wait 2 deliver"
+    )
+
+
+def test_without_overlap_every_step_is_waited_for_at_once() -> None:
+    loop = Loop(overlap_steps=False)
+    loop.ask("a", [1, 2], max_tokens=2)
+    loop.run_dry()
+    assert " ".join(loop.events) == "launch 0 wait 0 deliver launch 1 wait 1 deliver"
+
+
+def test_a_step_with_penalties_is_launched_when_the_one_before_it_is_complete() -> None:
+    loop = Loop(overlap_steps=True)
+    loop.ask("a", [1, 2], 2, SamplingParams(ignore_eos=True, presence_penalty=0.5))
+    loop.run_dry()
+    assert " ".join(loop.events) == "launch 0 wait 0 launch 1 deliver wait 1 deliver"
+
+
+def test_a_turn_without_work_says_so_only_when_nothing_is_in_flight() -> None:
+    loop = Loop(overlap_steps=True)
+    loop.ask("a", [1, 2], max_tokens=1)
+    assert [loop.core.step(0.0) for _ in range(4)] == [True, True, False, False]
+
+
+def test_a_request_that_ends_while_its_next_step_is_in_flight_is_answered_once() -> None:
+    loop = Loop(overlap_steps=True)
+    loop.ask("a", prompt_that_ends_at_once(), 9, SamplingParams())
+    loop.run_dry()
+    assert loop.output("a") == [EOS]
+    assert loop.deltas[RequestId("a")][-1].finish_reason is FinishReason.STOP
+    assert loop.device.num_run == 2
+
+
+def test_a_cancelled_request_gets_nothing_more_and_its_name_can_be_used_again() -> None:
+    loop = Loop(overlap_steps=True)
+    loop.ask("a", [1, 2], max_tokens=9)
+    loop.core.step(0.0)
+    loop.core.carry_out(CancelRequest(CLIENT, RequestId("a")))
+    loop.ask("a", [3, 4], max_tokens=2)
+    loop.run_dry()
+    again = make_sequence(0, [3, 4], max_tokens=2, sampling=SamplingParams(ignore_eos=True))
+    assert loop.output("a") == answer(again, MAX_SEQUENCE_TOKENS)[0]
+
+
+def test_stopping_completes_what_is_in_flight() -> None:
+    loop = Loop(overlap_steps=True)
+    loop.ask("a", [1, 2], max_tokens=1)
+    loop.core.step(0.0)
+    loop.core.stop()
+    loop.core.run()
+    assert len(loop.output("a")) == 1
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+def test_clients_get_the_same_tokens_however_steps_overlap(
+    overlap_steps: bool, rng: random.Random
+) -> None:
+    loop = Loop(overlap_steps, num_blocks=16)
+    expected: dict[str, tuple[list[int], FinishReason]] = {}
+    for number in range(60):
+        prompt = [7] * rng.choice((0, 4, 9)) + [rng.randrange(1, 4) for _ in range(5)]
+        sampling = SamplingParams(
+            ignore_eos=rng.random() < 0.5,
+            min_tokens=rng.choice((0, 3)),
+            presence_penalty=rng.choice((0.0, 0.0, 0.0, 0.0, 0.5)),
+        )
+        sequence = make_sequence(number, prompt, None, rng.randint(1, 20), sampling=sampling)
+        expected[str(number)] = answer(sequence, MAX_SEQUENCE_TOKENS)
+        loop.ask(str(number), prompt, sequence.max_tokens, sampling)
+        for _ in range(rng.choice((0, 1, 3))):
+            loop.core.step(0.0)
+    loop.run_dry()
+    assert loop.policy.scheduler.stats.num_preemptions
+    for name, (tokens, reason) in expected.items():
+        assert loop.output(name) == tokens
+        assert loop.deltas[RequestId(name)][-1].finish_reason is reason

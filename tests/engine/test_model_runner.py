@@ -1,0 +1,90 @@
+"""Steps that are launched before the tokens of the one before are known on the host."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from engine.config import DeviceKind
+from engine.device import open_device
+from engine.plan import LaunchedStep, SampledToken, ScheduledChunk, StepPlan
+from engine.sequence import Sequence
+from ipc.messages import AdapterId, SamplingParams
+from tests.engine.lora_images import image_of_peft
+from tests.engine.rig import Rig
+from tests.engine.tiny_checkpoints import VOCAB_SIZE, Oracle
+
+NUM_DECODES = 6
+SAMPLINGS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(seed=3, top_p=0.9, logprobs=2),
+    SamplingParams(temperature=0.0, min_tokens=4, logit_bias={5: 0.5}),
+)
+
+
+class Chat:
+    """Sequences of the base and of one adapter, decoded in an order that changes every step."""
+
+    def __init__(self, rig: Rig, rng: random.Random, adapter_id: AdapterId) -> None:
+        self._rig = rig
+        self._rng = rng
+        self._last: list[Sequence] = []
+        self.sequences: list[Sequence] = []
+        for number in range(6):
+            prompt = [(5 * number + 3 * i) % VOCAB_SIZE for i in range(4 + number)]
+            room = [0] * (NUM_DECODES + 1)
+            sequence = rig.sequence([*prompt, *room], None if number % 2 else adapter_id)
+            sequence.token_ids = prompt
+            sequence.num_prompt_tokens = len(prompt)
+            sequence.sampling = SAMPLINGS[number % len(SAMPLINGS)]
+            self.sequences.append(sequence)
+
+    def launch(self) -> tuple[list[Sequence], LaunchedStep]:
+        order = self._rng.sample(self.sequences, len(self.sequences))
+        plan = StepPlan(tuple(self._chunk(sequence) for sequence in order))
+        self._last = order
+        return order, self._rig.launch(plan)
+
+    def _chunk(self, sequence: Sequence) -> ScheduledChunk:
+        return ScheduledChunk(
+            sequence,
+            sequence.num_computed_tokens,
+            sequence.num_uncomputed_tokens,
+            samples=True,
+            pending_from=self._last.index(sequence) if sequence.num_pending_tokens else None,
+        )
+
+
+def take(launched: tuple[list[Sequence], LaunchedStep]) -> dict[int, SampledToken]:
+    """Completes a step: what it drew, by sequence."""
+    order, step = launched
+    drawn: dict[int, SampledToken] = {}
+    for sequence, token in zip(order, step.wait(), strict=True):
+        sequence.num_pending_tokens -= 1
+        sequence.token_ids.append(token.token_id)
+        drawn[sequence.num_prompt_tokens] = token
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "kind", [DeviceKind.CPU, pytest.param(DeviceKind.CUDA, marks=pytest.mark.gpu)]
+)
+def test_overlapped_steps_draw_what_steps_one_by_one_draw(
+    kind: DeviceKind, tmp_path: Path, rng: random.Random
+) -> None:
+    oracle = Oracle("llama", tmp_path)
+    rig = Rig(tmp_path, open_device(kind))
+    adapter_id = rig.install(1, image_of_peft(rig.base, oracle.layers, "rank_16"))
+    one_by_one, overlapped = (Chat(rig, rng, adapter_id) for _ in range(2))
+    expected = [take(one_by_one.launch()) for _ in range(NUM_DECODES + 1)]
+    drawn = []
+    before = overlapped.launch()
+    for _ in range(NUM_DECODES):
+        launched = overlapped.launch()
+        drawn.append(take(before))
+        before = launched
+    drawn.append(take(before))
+    for got, wanted in zip(drawn, expected, strict=True):
+        for number, token in wanted.items():
+            assert got[number].token_id == token.token_id
+            assert (got[number].logprobs is None) == (token.logprobs is None)
