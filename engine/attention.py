@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.batch import DeviceBatch, FlatBatch
-from engine.device import Device
-from engine.kv_cache import KvCache
+from engine.device import CudaDevice, Device
+from engine.kv_cache import KvCache, KvDestination
 
 # A group of decodes is padded to at most this many times its shortest context.
 _MAX_PADDING = 2
@@ -29,8 +29,12 @@ _MAX_PADDING = 2
 class AttentionStep(Protocol):
     """What a decoder needs of attention in one step."""
 
+    def destination(self, layer: int) -> KvDestination:
+        """Where the keys and values of the step's own tokens are to be stored."""
+        ...
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Stores the step's keys and values, then attends to each token's whole context.
+        """Attends to each token's whole context; the step's own tokens have been stored already.
 
         ``query`` is ``[num_tokens, num_heads, head_dim]``, ``key`` and ``value``
         ``[num_tokens, num_kv_heads, head_dim]``; the result has the shape of ``query``, contiguous.
@@ -44,6 +48,22 @@ class AttentionBackend(Protocol):
     def begin(self, batch: FlatBatch, tensors: DeviceBatch) -> AttentionStep:
         """A step over the chunks of ``batch``, which ``tensors`` holds on the device."""
         ...
+
+
+def open_attention(cache: KvCache, device: Device, num_heads: int) -> AttentionBackend:
+    """The fastest attention that ``device`` has, over ``cache``."""
+    if not isinstance(device, CudaDevice):
+        return PagedAttention(cache, device)
+    # Only a GPU needs Triton.
+    from engine.cuda_attention import CudaAttention
+    from engine.kernels.paged_decode import DecodeWorkspace
+
+    num_kv_heads, head_dim = cache.keys[0].shape[2:]
+    processors = torch.cuda.get_device_properties(device.torch_device).multi_processor_count
+    workspace = DecodeWorkspace(num_heads, num_kv_heads, head_dim, processors, device.torch_device)
+    # The forward stream does not wait for the one that the workspace was filled on.
+    device.synchronize()
+    return CudaAttention(cache, device, workspace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +176,12 @@ class _PagedStep:
         self._prefills = prefills
         self._decode_groups = decode_groups
 
+    def destination(self, layer: int) -> KvDestination:
+        return self._cache.destination(layer, self._slot_mapping)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys = self._cache.keys_by_slot[layer]
         values = self._cache.values_by_slot[layer]
-        keys.index_copy_(0, self._slot_mapping, key)
-        values.index_copy_(0, self._slot_mapping, value)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for prefill in self._prefills:
             rows = slice(prefill.start, prefill.stop)

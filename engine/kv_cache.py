@@ -1,5 +1,7 @@
 """The memory of keys and values, in blocks that a block table strings together."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -8,10 +10,16 @@ from engine.models.config import ModelConfig
 from ipc.base_model import DType
 
 
-def kv_block_bytes(config: ModelConfig, block_size: int, dtype: DType) -> int:
-    """What one block of ``block_size`` tokens takes: keys and values of every layer."""
-    values = 2 * config.num_layers * block_size * config.kv_size
-    return values * dtype.num_bytes
+@dataclass(frozen=True, slots=True)
+class KvDestination:
+    """Where a step's keys and values of one layer belong: those of token t in ``slots[t]``.
+
+    ``keys`` and ``values`` are ``[num_slots, num_kv_heads, head_dim]``, contiguous.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
 
 
 class KvCache:
@@ -42,3 +50,7 @@ class KvCache:
         # The same memory by slot: [num_slots, num_kv_heads, head_dim].
         self.keys_by_slot = tuple(keys.flatten(0, 1) for keys in self.keys)
         self.values_by_slot = tuple(values.flatten(0, 1) for values in self.values)
+
+    def destination(self, layer: int, slots: Tensor) -> KvDestination:
+        """The layer's memory with the slots ``[num_tokens]`` of a step's tokens."""
+        return KvDestination(self.keys_by_slot[layer], self.values_by_slot[layer], slots)

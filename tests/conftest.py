@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,9 @@ from tools.tiny_model.cache import TinyModel, ensure_tiny_model
 
 # Read when torch or numpy is imported, here and in every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Read when Triton is imported, which transformers does: without a GPU, kernels are interpreted.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,8 @@ from engine.attention import AttentionStep
 from engine.device import Device, torch_dtype
 from engine.lora.linear import LoraStep, ModuleColumns
 from engine.models.config import ModelConfig
-from engine.models.rotary import rotary_table, rotate
+from engine.models.ops import DecoderOps, open_ops
+from engine.models.rotary import rotary_table
 from ipc.base_model import DType
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -80,9 +81,13 @@ class Decoder:
     then ``logits`` of the rows that are wanted. The caller gives the stream and the grad mode.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DType, device: Device) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: DType, device: Device, ops: DecoderOps | None = None
+    ) -> None:
+        """``ops`` None stands for those of the device."""
         self.config = config
         self.dtype = dtype
+        self._ops = ops or open_ops(device, config.rms_norm_eps)
         self._device = device.torch_device
         self._embedding = self._empty(config.vocab_size, config.hidden_size)
         self._layers = [self._layer() for _ in range(config.num_layers)]
@@ -125,42 +130,38 @@ class Decoder:
         attention: AttentionStep,
         lora: LoraStep,
     ) -> Tensor:
-        """``hidden`` ``[num_tokens, hidden]`` behind the last of ``layers``; the argument is kept.
+        """``hidden`` ``[num_tokens, hidden]`` behind the last of ``layers``, computed in place.
 
-        ``positions`` is ``[num_tokens]`` int64.
+        ``positions`` is ``[num_tokens]``, integers.
         """
+        ops = self._ops
         rotation = self._rotary_table[positions]
+        x = None
         for index in layers:
             layer = self._layers[index]
-            x = self._rms_norm(hidden, layer.input_norm)
-            qkv = layer.qkv.apply(index, x, lora)
-            mixed = self._attend(index, layer, qkv, rotation, attention)
-            hidden = hidden + layer.output.apply(index, mixed, lora)
-            x = self._rms_norm(hidden, layer.post_attention_norm)
-            gate, up = layer.gate_up.apply(index, x, lora).chunk(2, dim=-1)
-            hidden = hidden + layer.down.apply(index, functional.silu(gate) * up, lora)
-        return hidden
+            if x is None:
+                x = ops.rms_norm(hidden, layer.input_norm)
+            else:
+                x = ops.add_rms_norm(hidden, x, layer.input_norm)
+            mixed = self._attend(index, layer, layer.qkv.apply(index, x, lora), rotation, attention)
+            x = layer.output.apply(index, mixed, lora)
+            x = ops.add_rms_norm(hidden, x, layer.post_attention_norm)
+            x = ops.silu_mul(layer.gate_up.apply(index, x, lora))
+            x = layer.down.apply(index, x, lora)
+        return hidden if x is None else hidden.add_(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[num_rows, vocab]`` for rows ``[num_rows, hidden]`` behind the last layer."""
-        return functional.linear(self._rms_norm(hidden, self._norm), self._head)
+        return functional.linear(self._ops.rms_norm(hidden, self._norm), self._head)
 
     def _attend(
         self, index: int, layer: _Layer, qkv: Tensor, rotation: Tensor, attention: AttentionStep
     ) -> Tensor:
-        config = self.config
-        heads = qkv.view(qkv.shape[0], -1, config.head_dim)
-        query, key, value = heads.split_with_sizes(
-            (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
-        )
+        norms = None
         if layer.query_norm is not None and layer.key_norm is not None:
-            query = self._rms_norm(query, layer.query_norm)
-            key = self._rms_norm(key, layer.key_norm)
-        mixed = attention.attend(index, rotate(query, rotation), rotate(key, rotation), value)
-        return mixed.flatten(1)
-
-    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+            norms = layer.query_norm, layer.key_norm
+        heads = self._ops.rotate_and_store(qkv, norms, rotation, attention.destination(index))
+        return attention.attend(index, *heads).flatten(1)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch_dtype(self.dtype), device=self._device)

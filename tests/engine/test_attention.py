@@ -5,7 +5,8 @@ import torch
 from engine.attention import PagedAttention, _group_bounds
 from engine.batch import flatten, to_device
 from engine.device import CpuDevice
-from engine.kv_cache import KvCache, kv_block_bytes
+from engine.kv_cache import KvCache
+from engine.memory_plan import kv_block_bytes
 from engine.models.config import ModelConfig, Rope
 from engine.plan import ScheduledChunk, StepPlan
 from engine.sequence import Sequence
@@ -55,7 +56,10 @@ def test_values_that_are_not_numbers_stay_with_the_sequence_that_has_them() -> N
     query, key, value = torch.randn(2, 4, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 8)
     chunks = (ScheduledChunk(healthy, 5, 1, True), ScheduledChunk(broken, 9, 1, True))
     batch = flatten(StepPlan(chunks), cache.block_size)
-    together = attention.begin(batch, to_device(batch, device)).attend(0, query, key, value)
+    tensors = to_device(batch, device)
+    cache.keys_by_slot[0][tensors.slot_mapping] = key
+    cache.values_by_slot[0][tensors.slot_mapping] = value
+    together = attention.begin(batch, tensors).attend(0, query, key, value)
     alone_batch = flatten(StepPlan(chunks[:1]), cache.block_size)
     alone = attention.begin(alone_batch, to_device(alone_batch, device)).attend(
         0, query[:1], key[:1], value[:1]

@@ -1,0 +1,165 @@
+"""Attention on a GPU: prefills through torch's flash attention, decodes through our own kernel."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionStep, PagedAttention
+from engine.batch import DeviceBatch, FlatBatch
+from engine.device import Device
+from engine.kernels.causal_varlen import causal_varlen
+from engine.kernels.paged_decode import DecodeWorkspace, paged_decode
+from engine.kv_cache import KvCache, KvDestination
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefills:
+    """All rows of a step as one packed batch; rows of decodes are in it, to be overwritten.
+
+    ``query_starts`` and ``key_starts`` are ``[num_chunks + 1]`` int32. ``slots`` ``[num_keys]`` is
+    where the keys of all chunks stand in the cache, one chunk behind the other; None: the step's
+    own keys are all there is.
+    """
+
+    query_starts: Tensor
+    key_starts: Tensor
+    max_queries: int
+    max_keys: int
+    slots: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """Sequences with one row each; ``rows`` ``[num_sequences]``, None: all rows in their order."""
+
+    block_tables: Tensor
+    context_lens: Tensor
+    max_context: int
+    rows: Tensor | None
+
+
+class CudaAttention:
+    """One varlen call for the prefills of a step, one kernel for its decodes.
+
+    Flash attention takes no float32; steps with a prefill go to the reference path then.
+    """
+
+    def __init__(self, cache: KvCache, device: Device, workspace: DecodeWorkspace) -> None:
+        self._cache = cache
+        self._device = device
+        self._workspace = workspace
+        self._reference = PagedAttention(cache, device)
+
+    def begin(self, batch: FlatBatch, tensors: DeviceBatch) -> AttentionStep:
+        is_decode = batch.row_counts == 1
+        if is_decode.all():
+            return self.begin_decode(tensors, int(batch.context_lens.max()))
+        if self._cache.keys[0].dtype is torch.float32:
+            return self._reference.begin(batch, tensors)
+        prefills = self._prefills(batch, is_decode)
+        decodes = None
+        if is_decode.any():
+            chunks = np.flatnonzero(is_decode)
+            chunks_and_rows = self._device.upload(np.stack((chunks, batch.first_rows[chunks])))
+            on_device, rows = chunks_and_rows.unbind(0)
+            decodes = _Decodes(
+                tensors.block_tables[on_device],
+                tensors.context_lens[on_device],
+                int(batch.context_lens[chunks].max()),
+                rows,
+            )
+        return _CudaStep(self._cache, self._workspace, tensors.slot_mapping, prefills, decodes)
+
+    def begin_decode(self, tensors: DeviceBatch, max_context: int) -> AttentionStep:
+        """A step of one token a row, in the rows' order; may be captured in a CUDA graph.
+
+        What is launched depends on the shapes of ``tensors`` and on ``max_context`` alone, which
+        need not be exact. A row without context, whose slot is negative, stores nothing and gets
+        zeros.
+        """
+        decodes = _Decodes(tensors.block_tables, tensors.context_lens, max_context, None)
+        return _CudaStep(self._cache, self._workspace, tensors.slot_mapping, None, decodes)
+
+    def _prefills(self, batch: FlatBatch, is_decode: npt.NDArray[np.bool_]) -> _Prefills:
+        row_counts = batch.row_counts
+        num_keys = np.where(is_decode, 1, batch.context_lens)
+        slots = None
+        if not np.array_equal(num_keys, row_counts):
+            slots = self._device.upload(self._key_slots(batch, num_keys, is_decode))
+        starts = np.zeros((2, len(row_counts) + 1), dtype=np.int32)
+        np.cumsum(np.stack((row_counts, num_keys)), axis=1, out=starts[:, 1:])
+        query_starts, key_starts = self._device.upload(starts).unbind(0)
+        return _Prefills(
+            query_starts, key_starts, int(row_counts.max()), int(num_keys.max()), slots
+        )
+
+    def _key_slots(
+        self, batch: FlatBatch, num_keys: npt.NDArray[np.int64], is_decode: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.int64]:
+        """Slots of each chunk's context; a decode has its own token's only."""
+        size = self._cache.block_size
+        slots = []
+        for chunk, count in enumerate(num_keys.tolist()):
+            if is_decode[chunk]:
+                slots.append(batch.slot_mapping[batch.first_rows[chunk], None])
+            else:
+                blocks = batch.block_tables[chunk, : -(-count // size), None]
+                slots.append((blocks * size + np.arange(size)).reshape(-1)[:count])
+        return np.concatenate(slots)
+
+
+class _CudaStep:
+    def __init__(
+        self,
+        cache: KvCache,
+        workspace: DecodeWorkspace,
+        slot_mapping: Tensor,
+        prefills: _Prefills | None,
+        decodes: _Decodes | None,
+    ) -> None:
+        self._cache = cache
+        self._workspace = workspace
+        self._slot_mapping = slot_mapping
+        self._prefills = prefills
+        self._decodes = decodes
+
+    def destination(self, layer: int) -> KvDestination:
+        return self._cache.destination(layer, self._slot_mapping)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self._prefills is None:
+            out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        else:
+            out = self._prefill(self._prefills, layer, query, key, value)
+        if self._decodes is not None:
+            paged_decode(
+                out,
+                query,
+                self._cache.keys[layer],
+                self._cache.values[layer],
+                self._decodes.block_tables,
+                self._decodes.context_lens,
+                self._decodes.max_context,
+                self._workspace,
+                self._decodes.rows,
+            )
+        return out
+
+    def _prefill(
+        self, prefills: _Prefills, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        if prefills.slots is not None:
+            key = self._cache.keys_by_slot[layer].index_select(0, prefills.slots)
+            value = self._cache.values_by_slot[layer].index_select(0, prefills.slots)
+        return causal_varlen(
+            query,
+            key,
+            value,
+            prefills.query_starts,
+            prefills.key_starts,
+            prefills.max_queries,
+            prefills.max_keys,
+        )

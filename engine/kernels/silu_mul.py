@@ -1,0 +1,39 @@
+"""The activation between an MLP's projections."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 1024
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``round(gate · sigmoid(gate)) · up``, a new tensor ``[num_rows, width]``.
+
+    ``gate_up`` is ``[num_rows, 2 * width]``, contiguous, fp32, fp16 or bf16: a row's gate, then its
+    up. Computed in fp32; ``round`` is to the dtype.
+    """
+    num_rows, both = gate_up.shape
+    assert gate_up.is_contiguous() and both % 2 == 0, gate_up.shape
+    width = both // 2
+    out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    if num_rows == 0:
+        return out
+    _silu_mul_kernel[(num_rows, triton.cdiv(width, _TILE))](
+        out, gate_up, WIDTH=width, TILE=_TILE, num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _silu_mul_kernel(out_ptr, gate_up_ptr, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = columns < WIDTH
+    gate_ptrs = gate_up_ptr + row * (2 * WIDTH) + columns
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * WIDTH + columns, (active * up).to(dtype), mask)
