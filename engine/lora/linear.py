@@ -40,6 +40,13 @@ class LoraBackend(Protocol):
         ...
 
 
+class NoAdapters:
+    """A step of base rows alone."""
+
+    def add(self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, out: Tensor) -> None:
+        """Leaves ``out`` as it is."""
+
+
 class ReferenceLora:
     """One small matrix product after another, on views into the pool."""
 

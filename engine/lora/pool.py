@@ -77,7 +77,7 @@ class AdapterPool:
             if not stage_layout.num_bytes:
                 continue
             assert extent % ENTRY_ALIGNMENT == 0, (stage, extent)
-            self._check_served(stage, stage_layout)
+            check_served(self._base, stage, stage_layout)
             pairs: dict[str, dict[EntryKind, Tensor]] = {}
             for entry in stage_layout.entries:
                 pairs.setdefault(entry.module, {})[entry.kind] = self._view(extent, entry)
@@ -103,11 +103,17 @@ class AdapterPool:
         raw = self.extent_view(extent + entry.offset, entry.num_bytes)
         return raw.view(self._dtype).view(entry.rows, entry.columns)
 
-    def _check_served(self, stage: int, layout: StageLayout) -> None:
-        in_layer = 0 < stage < self._base.head_stage
-        for entry in layout.entries:
-            if not in_layer or entry.kind not in (EntryKind.LORA_A, EntryKind.LORA_B):
-                raise AdapterInvalid(
-                    f"stage {stage} of the adapter: expected low-rank pairs of the decoder layers'"
-                    f" linears alone, got {entry.kind.value} of {entry.module}"
-                )
+
+def check_served(base: BaseModel, stage: int, layout: StageLayout) -> None:
+    """Returns if the forward pass applies every entry of the stage.
+
+    Raises:
+        AdapterInvalid: it does not.
+    """
+    in_layer = 0 < stage < base.head_stage
+    for entry in layout.entries:
+        if not in_layer or entry.kind not in (EntryKind.LORA_A, EntryKind.LORA_B):
+            raise AdapterInvalid(
+                f"stage {stage} of the adapter: expected low-rank pairs of the decoder layers'"
+                f" linears alone, got {entry.kind.value} of {entry.module}"
+            )

@@ -1,19 +1,37 @@
 """Residency's decisions, carried out in the pool and by the placer."""
 
+from typing import Protocol
+
 from engine.adapter_actions import BeginLoad, InstallAdapter
 from engine.device import Device
 from engine.lora.placer import Placement, Placer
-from engine.lora.pool import AdapterPool
+from ipc.image import AdapterModule, ImageLayout
 from ipc.messages import AdapterId, LoadId
 
 
-class PoolSlots:
-    """The step thread's hand on pool and placer; every call returns at once."""
+class ResidentTable(Protocol):
+    """Where a step looks up the adapters that lie in the pool."""
 
-    def __init__(self, device: Device, pool: AdapterPool, placer: Placer) -> None:
+    def install(
+        self,
+        adapter_id: AdapterId,
+        modules: tuple[AdapterModule, ...],
+        layout: ImageLayout,
+        extents: tuple[int, ...],
+    ) -> None:
+        """Steps launched from now on may name the adapter; stage ``i`` lies at ``extents[i]``."""
+
+    def remove(self, adapter_id: AdapterId) -> None:
+        """No step launched from now on names the adapter."""
+
+
+class PoolSlots:
+    """The step thread's hand on placer and tables; every call returns at once."""
+
+    def __init__(self, device: Device, placer: Placer, tables: tuple[ResidentTable, ...]) -> None:
         self._device = device
-        self._pool = pool
         self._placer = placer
+        self._tables = tables
 
     def begin(self, load: BeginLoad) -> None:
         """Opens the slot to the load's chunks.
@@ -28,10 +46,12 @@ class PoolSlots:
         self._placer.abandon(load_id)
 
     def install(self, adapter: InstallAdapter) -> None:
-        """Enters the adapter into the table that the next step reads."""
-        self._pool.install(
-            adapter.adapter_id, adapter.manifest.modules, adapter.layout, adapter.extents
-        )
+        """Enters the adapter into the tables that the next step reads."""
+        for table in self._tables:
+            table.install(
+                adapter.adapter_id, adapter.manifest.modules, adapter.layout, adapter.extents
+            )
 
     def remove(self, adapter_id: AdapterId) -> None:
-        self._pool.remove(adapter_id)
+        for table in self._tables:
+            table.remove(adapter_id)

@@ -1,0 +1,254 @@
+"""``out += s · (x Aᵀ) Bᵀ`` for segments of few rows: bound by reading the B's once."""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
+from engine.lora.work import EXPAND_WORD, UNIT_WORDS
+from ipc.base_model import LINEAR_MODULES
+
+_UNIT_WORDS = tl.constexpr(UNIT_WORDS)
+_EXPAND_WORD = tl.constexpr(EXPAND_WORD)
+_NUM_LINEARS = tl.constexpr(len(LINEAR_MODULES))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandFewTuning:
+    """How the work is cut up: see ``UnitShape`` for ``ranks`` and ``columns``."""
+
+    ranks: tuple[int, int, int] = (16, 64, 256)
+    columns: tuple[int, int, int] = (512, 256, 64)
+    tile_rows: int = 16
+    programs_per_processor: int = 2
+    num_warps: int = 8
+    max_registers: int | None = None
+
+
+def expand_few(
+    out: Tensor,
+    weights: Weights,
+    scratch: Scratch,
+    units: Tensor,
+    group: GroupShape,
+    layer: int,
+    num_splits: int,
+    max_rows: int,
+    num_processors: int,
+    tuning: ExpandFewTuning,
+    overlaps: bool,
+) -> None:
+    """Adds the delta of every row of ``units`` to ``out``, for all linears of ``group``.
+
+    ``out`` is ``[num_rows, out_features]``, contiguous, the model's dtype. ``scratch`` holds what
+    ``shrink_few`` left for the same rows, group and layer, ``num_splits`` partial sums for each
+    row. The delta is accumulated in fp32 and rounded once, with ``out``. The other arguments are
+    those of ``shrink_few``.
+    """
+    assert out.is_contiguous() and out.dtype == weights.arena.dtype, out.stride()
+    blocks = group.column_blocks(tuning.columns[0])
+    max_items = (units.shape[0] - 1) * blocks[2]
+    num_programs = min(max_items, tuning.programs_per_processor * num_processors)
+    _expand_few_kernel[(num_programs,)](
+        out,
+        weights.arena,
+        weights.offsets,
+        weights.ranks,
+        weights.scalings,
+        units,
+        scratch.partial,
+        scratch.shrunk,
+        layer,
+        weights.offsets.shape[1],
+        group.first_module,
+        blocks[0],
+        blocks[1],
+        blocks[2],
+        *group.starts[1:],
+        *group.widths,
+        out.shape[1],
+        max_rows,
+        COLUMNS=scratch.columns,
+        NUM_SPLITS=num_splits,
+        RANKS_0=tuning.ranks[0],
+        RANKS_1=tuning.ranks[1],
+        RANKS_2=tuning.ranks[2],
+        COLUMNS_0=tuning.columns[0],
+        COLUMNS_1=tuning.columns[1],
+        COLUMNS_2=tuning.columns[2],
+        TILE_ROWS=tuning.tile_rows,
+        OVERLAPS=overlaps,
+        num_warps=tuning.num_warps,
+        num_stages=1,
+        maxnreg=tuning.max_registers,
+        launch_pdl=overlaps,
+    )
+
+
+@triton.jit(
+    do_not_specialize=["layer", "num_layers", "first_module", "end_0", "end_1", "end_2", "max_rows"]
+)
+def _expand_few_kernel(
+    out_ptr,
+    arena_ptr,
+    offsets_ptr,
+    ranks_ptr,
+    scalings_ptr,
+    units_ptr,
+    partial_ptr,
+    shrunk_ptr,
+    layer,
+    num_layers,
+    first_module,
+    end_0,
+    end_1,
+    end_2,
+    start_1,
+    start_2,
+    width_0,
+    width_1,
+    width_2,
+    out_stride,
+    max_rows,
+    COLUMNS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    RANKS_0: tl.constexpr,
+    RANKS_1: tl.constexpr,
+    RANKS_2: tl.constexpr,
+    COLUMNS_0: tl.constexpr,
+    COLUMNS_1: tl.constexpr,
+    COLUMNS_2: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Program by program: some columns of one linear, all their ranks, all rows of a segment."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+    item = tl.program_id(0)
+    # The first unit is read before it is known that there are so many: the list has room for it.
+    unit_ptr = units_ptr + (1 + item // end_2) * _UNIT_WORDS + _EXPAND_WORD
+    index = tl.load(unit_ptr)
+    first_row = tl.load(unit_ptr + 1)
+    num_rows = tl.load(unit_ptr + 2)
+    scratch_row = tl.load(unit_ptr + 3)
+    unit = tl.load(unit_ptr + 4)
+    variant = tl.load(unit_ptr + 5)
+    num_items = tl.load(units_ptr + 1) * end_2
+    while item < num_items:
+        block = item % end_2
+        module = (block >= end_0).to(tl.int32) + (block >= end_1).to(tl.int32)
+        record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module + module
+        b_offset = tl.load(offsets_ptr + record * 8 + 1)
+        first_rank = tl.load(ranks_ptr + record * 16 + 5)
+        num_ranks = tl.load(ranks_ptr + record * 16 + 6)
+        scaling = tl.load(scalings_ptr + record * 16 + 7)
+        start = tl.where(module == 0, 0, tl.where(module == 1, start_1, start_2))
+        width = tl.where(module == 0, width_0, tl.where(module == 1, width_1, width_2))
+        block -= tl.where(module == 0, 0, tl.where(module == 1, end_0, end_1))
+
+        item += tl.num_programs(0)
+        unit_ptr = units_ptr + (1 + item // end_2) * _UNIT_WORDS + _EXPAND_WORD
+        more = item < num_items
+        index = tl.load(unit_ptr, mask=more, other=0)
+        next_first_row = tl.load(unit_ptr + 1, mask=more, other=0)
+        next_num_rows = tl.load(unit_ptr + 2, mask=more, other=0)
+        next_scratch_row = tl.load(unit_ptr + 3, mask=more, other=0)
+        next_unit = tl.load(unit_ptr + 4, mask=more, other=0)
+        next_variant = tl.load(unit_ptr + 5, mask=more, other=0)
+
+        if num_ranks > 0:
+            num_ranks = tl.multiple_of(num_ranks, 8)
+            first_rank = tl.multiple_of(first_rank, 8)
+            b_ptr = arena_ptr + tl.multiple_of(b_offset, 32)
+            p_ptr = partial_ptr + scratch_row * COLUMNS + first_rank
+            s_ptr = shrunk_ptr + first_row.to(tl.int64) * COLUMNS + first_rank
+            o_ptr = out_ptr + first_row.to(tl.int64) * out_stride + start
+            split_stride = (max_rows * COLUMNS).to(tl.int64)
+            column = block * COLUMNS_0
+            # fmt: off
+            if variant == 0:
+                _expand_tile(
+                    o_ptr, b_ptr, p_ptr, s_ptr, column + unit * COLUMNS_0, width, num_rows,
+                    num_ranks, scaling, out_stride, split_stride,
+                    COLUMNS, NUM_SPLITS, RANKS_0, COLUMNS_0, TILE_ROWS, OVERLAPS,
+                )
+            elif variant == 1:
+                _expand_tile(
+                    o_ptr, b_ptr, p_ptr, s_ptr, column + unit * COLUMNS_1, width, num_rows,
+                    num_ranks, scaling, out_stride, split_stride,
+                    COLUMNS, NUM_SPLITS, RANKS_1, COLUMNS_1, TILE_ROWS, OVERLAPS,
+                )
+            else:
+                _expand_tile(
+                    o_ptr, b_ptr, p_ptr, s_ptr, column + unit * COLUMNS_2, width, num_rows,
+                    num_ranks, scaling, out_stride, split_stride,
+                    COLUMNS, NUM_SPLITS, RANKS_2, COLUMNS_2, TILE_ROWS, OVERLAPS,
+                )
+            # fmt: on
+        first_row = next_first_row
+        num_rows = next_num_rows
+        scratch_row = next_scratch_row
+        unit = next_unit
+        variant = next_variant
+    if OVERLAPS:
+        # Else a launch without work would let the next one overtake the one before.
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _expand_tile(
+    out_ptr,
+    b_ptr,
+    partial_ptr,
+    shrunk_ptr,
+    first_column,
+    width,
+    num_rows,
+    num_ranks,
+    scaling,
+    out_stride,
+    split_stride,
+    COLUMNS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    TILE_RANKS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    columns = first_column + tl.arange(0, TILE_COLUMNS)
+    ranks = tl.arange(0, TILE_RANKS)
+    b = tl.load(
+        b_ptr + columns[:, None] * num_ranks + ranks[None, :],
+        mask=(columns < width)[:, None] & (ranks < num_ranks)[None, :],
+        other=0.0,
+    )
+    dtype = out_ptr.dtype.element_ty
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    if num_rows == 1:
+        mask = columns < width
+        before = tl.load(out_ptr + columns, mask=mask, other=0.0)
+        # One by one: each thread loads what its part of B needs, nothing has to be exchanged.
+        shrunk = tl.zeros([TILE_RANKS], tl.float32)
+        for split in tl.static_range(NUM_SPLITS):
+            ptrs = partial_ptr + split * split_stride + ranks
+            shrunk += tl.load(ptrs, mask=ranks < num_ranks, other=0.0)
+        delta = tl.sum(b.to(tl.float32) * shrunk[None, :], 1)
+        after = before.to(tl.float32) + scaling * delta
+        tl.store(out_ptr + columns, after.to(dtype), mask)
+    else:
+        for row in range(0, num_rows, TILE_ROWS):
+            rows = row + tl.arange(0, TILE_ROWS)
+            shrunk = tl.load(
+                shrunk_ptr + rows[:, None] * COLUMNS + ranks[None, :],
+                mask=(rows < num_rows)[:, None] & (ranks < num_ranks)[None, :],
+                other=0.0,
+            )
+            ptrs = out_ptr + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
+            mask = (rows < num_rows)[:, None] & (columns < width)[None, :]
+            before = tl.load(ptrs, mask=mask, other=0.0)
+            delta = tl.dot(shrunk, tl.trans(b), input_precision="ieee")
+            after = before.to(tl.float32) + scaling * delta
+            tl.store(ptrs, after.to(dtype), mask)
