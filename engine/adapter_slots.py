@@ -10,6 +10,9 @@ from ipc.errors import AdapterInvalid, Internal, Overloaded
 from ipc.image import ImageLayout
 from ipc.messages import AdapterId, AdapterSource, LoadId, Manifest
 
+MAX_RESIDENT_ADAPTERS = 1024
+"""Slots at the most: a row of the GPU's table is 14 KB for a model of 32 layers."""
+
 
 class AdapterState(Enum):
     """The states of ``engine.residency``'s table; all but ABSENT own a slot."""
@@ -51,10 +54,14 @@ class PooledAdapter:
 
 
 class AdapterSlots:
-    """Owns the pool's slots. An adapter that is in use, pinned or in a load keeps its own."""
+    """Owns the pool's slots. An adapter that is in use, pinned or in a load keeps its own.
 
-    def __init__(self, pool: SlotAllocator) -> None:
+    There are never more than ``max_slots``, however small: a GPU's table has one row for each.
+    """
+
+    def __init__(self, pool: SlotAllocator, max_slots: int = MAX_RESIDENT_ADAPTERS) -> None:
         self._pool = pool
+        self._max_slots = max_slots
         self._owners: dict[AdapterId, PooledAdapter] = {}
         # Resident, not pinned and in no use: the least recently used first.
         self._idle: OrderedDict[AdapterId, PooledAdapter] = OrderedDict()
@@ -116,6 +123,8 @@ class AdapterSlots:
 
     def reserve(self, adapter: PooledAdapter) -> bool:
         """Gives the adapter a slot if the holes allow it."""
+        if len(self._owners) >= self._max_slots:
+            return False
         extents = self._pool.allocate(adapter.layout.stage_bytes)
         if extents is None:
             return False

@@ -7,34 +7,26 @@ from pathlib import Path
 import zmq.asyncio
 
 from engine.adapter_demand import AdapterDemand
-from engine.adapter_slots import AdapterSlots
+from engine.adapter_slots import MAX_RESIDENT_ADAPTERS, AdapterSlots
 from engine.adapters import AdapterDirectory
-from engine.attention import PagedAttention
 from engine.block_manager import BlockManager
+from engine.compute import build_compute
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.crossings import Crossings
-from engine.device import choose_dtype, open_device
-from engine.kv_cache import KvCache, kv_block_bytes
+from engine.device import open_device
 from engine.loader_link import LoaderLink
-from engine.lora.linear import ReferenceLora
 from engine.lora.placer import Placer
-from engine.lora.pool import AdapterPool
 from engine.lora.slots import PoolSlots
-from engine.model_runner import ModelRunner
-from engine.models.config import read_model_config
-from engine.models.weights import load_model
 from engine.registry import CatalogFile, Registry
 from engine.residency import AdapterResidency
 from engine.ring import open_ring
-from engine.sampler import Sampler
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.server import EngineServer
 from engine.slot_allocator import SlotAllocator
 from engine.stats import Capacities
 from engine.validation import RequestLimits
 from ipc.endpoints import RunFolder
-from ipc.errors import InvalidRequest
 from ipc.messages import EngineHello, Epoch, RingGrant
 
 logger = logging.getLogger(__name__)
@@ -53,31 +45,12 @@ class Engine:
 
     def __init__(self, config: EngineConfig, epoch: Epoch, run_folder: RunFolder) -> None:
         device = open_device(config.device)
-        model = read_model_config(Path(config.model), config.max_model_len)
-        dtype = choose_dtype(config.dtype, model.dtype, device)
-        base = model.base_model(dtype)
-        decoder = load_model(model, Path(config.model), dtype, device)
-
-        num_blocks = config.kv_cache_bytes // kv_block_bytes(model, config.block_size, dtype)
-        if num_blocks < 2:
-            raise InvalidRequest(
-                f"kv_cache_bytes: expected room for 2 blocks of {config.block_size} tokens,"
-                f" got {config.kv_cache_bytes} bytes",
-                param="kv_cache_bytes",
-            )
-        cache = KvCache(model, num_blocks, config.block_size, dtype, device)
-        pool = AdapterPool(base, config.max_adapter_bytes, device)
-        runner = ModelRunner(
-            decoder,
-            config.block_size,
-            PagedAttention(cache, device),
-            ReferenceLora(pool),
-            Sampler(device, model.eos_token_ids),
-            device,
-        )
+        compute = build_compute(config, device)
+        model, base, pool = compute.model, compute.base, compute.pool
+        num_blocks = compute.num_blocks
 
         slot_allocator = SlotAllocator(config.max_adapter_bytes)
-        slots = AdapterSlots(slot_allocator)
+        slots = AdapterSlots(slot_allocator, MAX_RESIDENT_ADAPTERS)
         residency = AdapterResidency(base, slots)
         demand = AdapterDemand(residency, slots, config.adapter_load_timeout_s)
         blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
@@ -108,8 +81,9 @@ class Engine:
             scheduler,
             residency,
             blocks,
-            runner,
-            PoolSlots(device, pool, self.placer),
+            compute.runner,
+            PoolSlots(device, self.placer, compute.tables),
+            device.is_asynchronous,
             config.max_waiting,
             config.seed,
             crossings.deliver,
@@ -153,7 +127,7 @@ class Engine:
         self._loader_timeout_s = config.adapter_load_timeout_s
         self._catalog_work: asyncio.Task[None] | None = None
         self.description = (
-            f"{model.architecture} in {dtype.value} on {device.torch_device},"
+            f"{model.architecture} in {compute.dtype.value} on {device.torch_device},"
             f" {limits.kv_tokens} tokens of KV cache,"
             f" {slot_allocator.capacity_bytes} bytes of adapter pool"
         )

@@ -24,6 +24,13 @@ class DeviceKind(Enum):
     CUDA = "cuda"
 
 
+class LoadFormat(Enum):
+    """``auto``: the folder's safetensors; ``dummy``: random weights in the shape of its config."""
+
+    AUTO = "auto"
+    DUMMY = "dummy"
+
+
 class StartAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An adapter of the command line; one that can not be registered fails the start."""
 
@@ -33,12 +40,17 @@ class StartAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Units are in the names; ``kv_cache_bytes`` and ``max_adapter_bytes`` are device memory."""
+    """Units are in the names; ``kv_cache_bytes`` and ``max_adapter_bytes`` are device memory.
+
+    ``kv_cache_bytes`` None: on a GPU what ``gpu_memory_utilization``, a share of its whole memory,
+    leaves beside everything else; on a CPU a fixed size. ``seed`` is also that of dummy weights.
+    """
 
     model: str
     served_model_name: str
     device: DeviceKind = DeviceKind.AUTO
     dtype: ModelDType = ModelDType.AUTO
+    load_format: LoadFormat = LoadFormat.AUTO
     seed: int = 0
 
     adapters: tuple[StartAdapter, ...] = ()
@@ -50,8 +62,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_num_batched_tokens: int = 2048
     max_waiting: int = 4096
     block_size: int = 16
-    kv_cache_bytes: int = 512 * MiB
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    cuda_graphs: bool = True
 
     max_adapter_bytes: int = 1024 * MiB
     max_lora_rank: int = 256

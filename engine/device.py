@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.config import DeviceKind, ModelDType
+from engine.memory_plan import DeviceMemory
 from ipc.base_model import DType
 from ipc.errors import InvalidRequest
 
@@ -45,11 +46,27 @@ class Device(Protocol):
         """What ``--dtype auto`` means here for a model stored as ``model_dtype``."""
         ...
 
+    def memory(self) -> DeviceMemory | None:
+        """What the device's own memory has free, after giving back what nobody uses; CPU: None."""
+        ...
+
     def upload(self, array: npt.NDArray[Any]) -> Tensor:
         """A tensor here with the array's values, ready for the current stream's next work.
 
         On a CPU it shares the array's memory: the caller gives the array away.
         """
+        ...
+
+    def download(self, tensor: Tensor) -> Tensor:
+        """Enqueues a copy to the host on the current stream; an event behind it says it is there.
+
+        On a CPU it is a copy, too, so that ``tensor`` may be overwritten.
+        """
+        ...
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether work goes on after the call that enqueued it has returned."""
         ...
 
     def forward_stream(self) -> AbstractContextManager[object]:
@@ -106,8 +123,18 @@ class CpuDevice:
         # Half precisions are slower than float32 on most CPUs, and less exact.
         return DType.FLOAT32
 
+    def memory(self) -> DeviceMemory | None:
+        return None
+
     def upload(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array)
+
+    def download(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @property
+    def is_asynchronous(self) -> bool:
+        return False
 
     def forward_stream(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -149,10 +176,24 @@ class CudaDevice:
     def auto_dtype(self, model_dtype: DType) -> DType:
         return model_dtype
 
+    def memory(self) -> DeviceMemory | None:
+        self.synchronize()
+        torch.cuda.empty_cache()
+        return DeviceMemory(*torch.cuda.mem_get_info(self._device))
+
     def upload(self, array: npt.NDArray[Any]) -> Tensor:
         # Torch keeps the pinned block back until the copy that reads it is done.
         pinned = torch.from_numpy(array).pin_memory()
         return pinned.to(self._device, non_blocking=True)
+
+    def download(self, tensor: Tensor) -> Tensor:
+        # Torch keeps the pinned block back until the copy that writes it is done.
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        return True
 
     def forward_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._forward)

@@ -1,4 +1,6 @@
-"""Carries out a step's plan: inputs, forward pass, next tokens."""
+"""Launches a step's plan: inputs, forward pass, next tokens."""
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -6,18 +8,34 @@ from torch import Tensor
 from engine.attention import AttentionBackend
 from engine.batch import DeviceBatch, FlatBatch, flatten, to_device
 from engine.device import Device
+from engine.drawn_tokens import DrawnStep
 from engine.lora.linear import LoraBackend
 from engine.models.decoder import Decoder
-from engine.plan import SampledToken, StepPlan
+from engine.plan import LaunchedStep, StepPlan
 from engine.sampler import Sampler
 
 
+class StepGraphs(Protocol):
+    """Steps that were captured beforehand."""
+
+    def fits(self, batch: FlatBatch) -> bool:
+        """Whether one of them computes ``batch``."""
+        ...
+
+    def replay(self, batch: FlatBatch) -> Tensor:
+        """Logits ``[num_samples, vocab]`` in the plan's order, until the next replay."""
+        ...
+
+
 class ModelRunner:
-    """Runs plans one after another on the forward stream; all of it on the step thread.
+    """Launches plans one after another on the forward stream; all of it on the step thread.
 
     Precondition of every plan: its adapters are resident, its block tables cover its chunks, and
-    what stands before a chunk was computed in an earlier step (or belongs to another chunk of this
-    one). Afterwards the keys and values of its tokens are in the cache.
+    what stands before a chunk was computed in a step launched earlier (or belongs to another chunk
+    of this one). The keys and values of its tokens are in the cache for all that is launched later.
+
+    The tokens that a step draws stay on the device, in ``drawn`` ``[max_num_seqs]`` int64, and
+    feed the next one. ``graphs``, which read them there, take the steps that fit them.
     """
 
     def __init__(
@@ -28,6 +46,8 @@ class ModelRunner:
         lora: LoraBackend,
         sampler: Sampler,
         device: Device,
+        drawn: Tensor,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self._decoder = decoder
         self._block_size = block_size
@@ -35,33 +55,57 @@ class ModelRunner:
         self._lora = lora
         self._sampler = sampler
         self._device = device
+        self._drawn = drawn
+        self._num_drawn = 0
+        self._graphs = graphs
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
-        """The next tokens of the chunks that sample, in their order in the plan."""
-        if not plan.chunks:
-            return []
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Gives the device a step with at least one chunk; waits for none launched before.
+
+        On a CPU the step is done when this returns.
+        """
         sequences = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         with torch.inference_mode(), self._device.forward_stream():
             batch = flatten(plan, self._block_size)
-            tensors = to_device(batch, self._device)
-            hidden = self._forward(batch, tensors)
+            # The graphs, too, take it on trust that what is pending was drawn.
+            assert batch.pending_samples.max(initial=-1) < self._num_drawn, "nothing was drawn"
+            logits = self._logits_of_samples(batch)
+            self._num_drawn = len(sequences)
             if not sequences:
-                return []
-            logits = self._decoder.logits(hidden[tensors.sample_rows])
-            return self._sampler.sample(logits, sequences)
+                return DrawnStep(None, self._device)
+            drawn = self._sampler.sample_on_device(logits, sequences)
+            self._drawn[: len(sequences)] = drawn.token_ids
+            return DrawnStep(drawn, self._device)
 
     def run_for_logits(self, plan: StepPlan) -> Tensor:
-        """As ``run``, but draws nothing: logits ``[plan.num_tokens, vocab]``, in plan's order."""
+        """Logits ``[plan.num_tokens, vocab]`` in the plan's order, and no token is drawn."""
         with torch.inference_mode(), self._device.forward_stream():
             batch = flatten(plan, self._block_size)
             hidden = self._forward(batch, to_device(batch, self._device))
             return self._decoder.logits(hidden[self._device.upload(batch.plan_rows)])
 
+    def _logits_of_samples(self, batch: FlatBatch) -> Tensor:
+        """Logits ``[num_samples, vocab]``, of no use if nothing samples."""
+        if self._graphs is not None and self._graphs.fits(batch):
+            return self._graphs.replay(batch)
+        tensors = to_device(batch, self._device)
+        hidden = self._forward(batch, tensors)
+        if not batch.sample_rows.size:
+            return hidden
+        return self._decoder.logits(hidden[tensors.sample_rows])
+
     def _forward(self, batch: FlatBatch, tensors: DeviceBatch) -> Tensor:
         return self._decoder.run_layers(
             range(self._decoder.config.num_layers),
-            self._decoder.embed(tensors.token_ids),
+            self._decoder.embed(self._token_ids(batch, tensors)),
             tensors.positions,
             self._attention.begin(batch, tensors),
             self._lora.begin(batch.segments),
         )
+
+    def _token_ids(self, batch: FlatBatch, tensors: DeviceBatch) -> Tensor:
+        """The input ids ``[num_tokens]``, those that the last step drew put into their rows."""
+        if not batch.pending_rows.size:
+            return tensors.token_ids
+        drawn = self._drawn[tensors.pending_samples]
+        return tensors.token_ids.index_copy(0, tensors.pending_rows, drawn)

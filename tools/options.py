@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from api.config import ApiConfig
-from engine.config import DeviceKind, EngineConfig, ModelDType
+from engine.config import DeviceKind, EngineConfig, LoadFormat, ModelDType
 from loader.config import LoaderConfig
 from tools.values import (
     choices,
@@ -24,6 +24,7 @@ from tools.values import (
     parse_port,
     parse_seconds,
     parse_seed,
+    parse_share,
     parse_size,
 )
 
@@ -143,6 +144,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "What the model computes in; auto is its own dtype on a GPU, float32 on a CPU.",
         ),
         Option(
+            "--load-format",
+            EngineConfig,
+            "load_format",
+            parse_choice(LoadFormat),
+            choices(LoadFormat),
+            "Weights: auto reads the model folder's, dummy draws random ones for measurements.",
+        ),
+        Option(
             "--max-model-len",
             EngineConfig,
             "max_model_len",
@@ -156,7 +165,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "seed",
             parse_seed,
             "NUMBER",
-            "Seed of requests that bring none of their own.",
+            "Seed of requests that bring none of their own, and of dummy weights.",
         ),
     ),
     "batching": (
@@ -198,7 +207,15 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "kv_cache_bytes",
             parse_size,
             "SIZE",
-            "Memory for the KV cache.",
+            "Memory for the KV cache (default: what is left on a GPU, 512MiB on a CPU).",
+        ),
+        Option(
+            "--gpu-memory-utilization",
+            EngineConfig,
+            "gpu_memory_utilization",
+            parse_share,
+            "SHARE",
+            "How much of a GPU's memory to use when --kv-cache-memory is not given.",
         ),
         Option(
             "--no-prefix-caching",
@@ -207,6 +224,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             None,
             "",
             "Compute every prompt anew, also where it begins like an earlier one.",
+        ),
+        Option(
+            "--enforce-eager",
+            EngineConfig,
+            "cuda_graphs",
+            None,
+            "",
+            "Launch every kernel of every step by itself: no CUDA graphs. Has no effect on a CPU.",
         ),
     ),
     "adapters": (

@@ -90,6 +90,17 @@ def parse_number(text: str) -> float:
     return number
 
 
+def parse_share(text: str) -> float:
+    """A number above 0, at most 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (0 < number <= 1):
+        raise argparse.ArgumentTypeError(f"expected a number of (0, 1], got {text!r}")
+    return number
+
+
 def parse_name_and_path(text: str) -> tuple[str, str]:
     """``NAME=PATH``, neither of them empty; a path may contain further ``=``."""
     name, equals, path = text.partition("=")

@@ -1,6 +1,7 @@
 """One server shared by the tests that only ask."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -18,13 +19,17 @@ def serve_arguments(tiny_model: TinyModel) -> list[str]:
     """The tiny model with its four adapters over room for two."""
     arguments = [str(tiny_model.base), "--device", DEVICE, "--dtype", "float32", "--port", "0"]
     arguments += ["--served-model-name", "tiny", "--max-adapter-memory", POOL_FOR_TWO]
+    # Servers of several tests run beside each other: none may take what a GPU has left.
+    arguments += ["--kv-cache-memory", "64MiB"]
     for name, path in tiny_model.adapters.items():
         arguments += ["--lora", f"{name}={path}"]
     return arguments
 
 
 @pytest.fixture(scope="session")
-def server(tiny_model: TinyModel) -> Iterator[Server]:
-    """Shared: a test leaves it as it found it."""
+def server(tiny_model: TinyModel, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Shared: a test leaves it as it found it. Its log is shown if any test has failed."""
     with serving(*serve_arguments(tiny_model)) as shared:
         yield shared
+        if request.session.testsfailed:
+            print(shared.log, file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.attention import PagedAttention
+from engine.attention import open_attention
 from engine.device import Device
 from engine.kv_cache import KvCache
 from engine.lora.linear import ReferenceLora
@@ -14,7 +14,7 @@ from engine.lora.pool import AdapterPool
 from engine.model_runner import ModelRunner
 from engine.models.config import read_model_config
 from engine.models.weights import load_model
-from engine.plan import SampledToken, ScheduledChunk, StepPlan
+from engine.plan import LaunchedStep, SampledToken, ScheduledChunk, StepPlan
 from engine.sampler import Sampler
 from engine.sequence import Sequence, SequenceId
 from ipc.base_model import DType
@@ -65,10 +65,11 @@ class Rig:
         self._runner = ModelRunner(
             decoder,
             BLOCK_SIZE,
-            PagedAttention(cache, device),
+            open_attention(cache, device, self.config.num_heads),
             ReferenceLora(pool),
             Sampler(device, self.config.eos_token_ids),
             device,
+            torch.zeros(NUM_BLOCKS, dtype=torch.int64, device=device.torch_device),
         )
         self._blocks = list(range(NUM_BLOCKS))
         random.Random(5).shuffle(self._blocks)
@@ -106,10 +107,15 @@ class Rig:
     def run(self, *steps: tuple[Sequence, int]) -> list[SampledToken]:
         """As ``advance``, through the sampler."""
         plan = StepPlan(tuple(self._chunk(sequence, count) for sequence, count in steps))
-        sampled = self._runner.run(plan)
-        for sequence, count in steps:
-            sequence.num_computed_tokens += count
-        return sampled
+        return self.launch(plan).wait()
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Gives the runner a step; what it computes counts, and what it draws is pending."""
+        step = self._runner.launch(plan)
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed_tokens += chunk.num_tokens
+            chunk.sequence.num_pending_tokens += chunk.samples
+        return step
 
     def _chunk(self, sequence: Sequence, count: int) -> ScheduledChunk:
         start = sequence.num_computed_tokens

@@ -81,7 +81,7 @@ def test_help_explains_every_option() -> None:
         assert option.help.removesuffix(".") in command.stdout, option.flag
     for flag in ("--lora ", "--pin ", "--lora-dir ", "--adapter-root ", "--served-model-name "):
         assert flag in command.stdout
-    assert "(default: 512MiB)" in command.stdout
+    assert "(default: 4GiB)" in command.stdout
 
 
 @pytest.mark.parametrize(

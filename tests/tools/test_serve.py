@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from api.config import ApiConfig
-from engine.config import DeviceKind, EngineConfig, ModelDType, StartAdapter
+from engine.config import DeviceKind, EngineConfig, LoadFormat, ModelDType, StartAdapter
 from ipc.errors import InvalidRequest, Unavailable
 from loader.config import LoaderConfig
 from tools.cli import make_parser
@@ -59,6 +59,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--drain-timeout", "3", 3.0),
     ("--device", "cpu", DeviceKind.CPU),
     ("--dtype", "bfloat16", ModelDType.BFLOAT16),
+    ("--load-format", "dummy", LoadFormat.DUMMY),
     ("--max-model-len", "1024", 1024),
     ("--seed", "7", 7),
     ("--max-num-seqs", "3", 3),
@@ -66,7 +67,9 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--max-waiting", "9", 9),
     ("--block-size", "8", 8),
     ("--kv-cache-memory", "1GB", 10**9),
+    ("--gpu-memory-utilization", "0.5", 0.5),
     ("--no-prefix-caching", "", False),
+    ("--enforce-eager", "", False),
     ("--max-adapter-memory", "3MiB", 3 << 20),
     ("--host-tier-memory", "5MiB", 5 << 20),
     ("--max-lora-rank", "64", 64),
@@ -74,7 +77,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--adapter-load-timeout", "11", 11.0),
     ("--staging-chunks", "2", 2),
     ("--staging-chunk-size", "64KiB", 64 << 10),
-    ("--read-threads", "2", 2),
+    ("--read-threads", "97", 97),
     ("--read-block-size", "1MiB", 1 << 20),
     ("--catalog", "/catalog.json", "/catalog.json"),
     ("--log-level", "debug", LogLevel.DEBUG),

@@ -10,6 +10,7 @@ from tools.values import (
     parse_name_and_path,
     parse_port,
     parse_seconds,
+    parse_share,
     parse_size,
 )
 
@@ -77,6 +78,13 @@ def test_a_port_may_be_zero_but_not_beyond_sixteen_bits() -> None:
 def test_seconds_are_finite_and_above_zero(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected a number of seconds above 0"):
         parse_seconds(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-0.1", "1.01", "nan", "most"])
+def test_a_share_is_above_zero_and_at_most_one(text: str) -> None:
+    assert (parse_share("0.25"), parse_share("1")) == (0.25, 1.0)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"expected a number of \(0, 1\], got"):
+        parse_share(text)
 
 
 def test_a_name_ends_at_the_first_equals_sign() -> None:

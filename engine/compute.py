@@ -1,0 +1,79 @@
+"""Builds the parts of an engine that compute: model, KV cache, adapter pool, runner."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.attention import PagedAttention
+from engine.config import EngineConfig, LoadFormat
+from engine.device import CudaDevice, Device, choose_dtype
+from engine.kv_cache import KvCache
+from engine.lora.linear import ReferenceLora
+from engine.lora.pool import AdapterPool
+from engine.lora.slots import ResidentTable
+from engine.memory_plan import num_kv_blocks
+from engine.model_runner import ModelRunner
+from engine.models.config import ModelConfig, read_model_config
+from engine.models.decoder import Decoder
+from engine.models.dummy import make_dummy_model
+from engine.models.weights import load_model
+from engine.sampler import Sampler
+from ipc.base_model import BaseModel, DType
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """What runs a plan, and what a plan may refer to: blocks of the cache, adapters of the pool."""
+
+    model: ModelConfig
+    dtype: DType
+    base: BaseModel
+    decoder: Decoder
+    num_blocks: int
+    pool: AdapterPool
+    tables: tuple[ResidentTable, ...]
+    runner: ModelRunner
+
+
+def build_compute(config: EngineConfig, device: Device) -> Compute:
+    """All of it on ``device``; the KV cache comes last, since it may take what is left.
+
+    Raises:
+        SidestreamError: the configuration or the model can not be served.
+    """
+    folder = Path(config.model)
+    model = read_model_config(folder, config.max_model_len)
+    dtype = choose_dtype(config.dtype, model.dtype, device)
+    if config.load_format is LoadFormat.DUMMY:
+        decoder = make_dummy_model(model, dtype, device, config.seed)
+    else:
+        decoder = load_model(model, folder, dtype, device)
+    base = model.base_model(dtype)
+    pool = AdapterPool(base, config.max_adapter_bytes, device)
+    num_blocks = num_kv_blocks(config, model, dtype, device.memory())
+    cache = KvCache(model, num_blocks, config.block_size, dtype, device)
+    drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device.torch_device)
+    sampler = Sampler(device, model.eos_token_ids)
+    tables: tuple[ResidentTable, ...]
+    if isinstance(device, CudaDevice):
+        # Only a GPU needs Triton.
+        from engine.cuda_compute import CudaParts
+
+        parts = CudaParts(config, base, pool, cache, decoder, drawn, device)
+        attention, lora, graphs, tables = parts.attention, parts.lora, parts.graphs, (parts.table,)
+        runner = ModelRunner(
+            decoder, config.block_size, attention, lora, sampler, device, drawn, graphs
+        )
+    else:
+        tables = (pool,)
+        runner = ModelRunner(
+            decoder,
+            config.block_size,
+            PagedAttention(cache, device),
+            ReferenceLora(pool),
+            sampler,
+            device,
+            drawn,
+        )
+    return Compute(model, dtype, base, decoder, num_blocks, pool, tables, runner)

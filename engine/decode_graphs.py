@@ -1,0 +1,235 @@
+"""Decode steps as CUDA graphs: captured once for each batch size, replayed for every batch.
+
+A captured step reads all of its inputs from one buffer at a fixed address. What differs between
+two steps (tokens, positions, pages, adapters) is data in it, so that a replay is one copy and one
+launch. A batch is filled up to the next captured size with rows that have no context, store
+nothing and belong to no adapter.
+
+Each size is captured twice: with adapters and without, because hundreds of launches that find
+nothing to do are still launches.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionStep
+from engine.batch import DeviceBatch, FlatBatch
+from engine.device import CudaDevice, Event
+from engine.lora.linear import LoraStep, NoAdapters
+from engine.lora.segments import Segment
+from engine.models.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+_NUM_STAGING_BUFFERS = 2
+
+
+class StaticAttention(Protocol):
+    """Attention whose launches depend on the shapes of a batch alone."""
+
+    def begin_decode(self, tensors: DeviceBatch, max_context: int) -> AttentionStep:
+        """A step of one token a row; contexts may be of any length up to ``max_context``."""
+        ...
+
+
+class StaticLoraStep(LoraStep, Protocol):
+    """A step whose launches depend on a number of rows alone."""
+
+    def fill(self, segments: tuple[Segment, ...]) -> None:
+        """Says, in order on the forward stream, whose rows launches from now on compute."""
+
+
+class StaticLora(Protocol):
+    """Adapters whose launches can be captured."""
+
+    def graph_step(self, max_rows: int) -> StaticLoraStep:
+        """A step for any segments of ``max_rows`` rows in all."""
+        ...
+
+
+def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Sizes to capture: all small ones, then steps that waste at most an eighth."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, max_num_seqs + 32, 32)]
+    return tuple(sorted({min(size, max_num_seqs) for size in sizes}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """``logits`` is ``[num_rows, vocab]``, overwritten by the next replay of any graph."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+
+
+class _StagingBuffer:
+    """Pinned memory that a step's inputs are written into; free once its copy is done."""
+
+    def __init__(self, num_values: int) -> None:
+        self.tensor = torch.empty(num_values, dtype=torch.int32, pin_memory=True)
+        self.array: npt.NDArray[np.int32] = self.tensor.numpy()
+        self.copied: Event | None = None
+
+
+class _Inputs:
+    """Where each input lies in the packed buffer of one batch size, int32.
+
+    ``pending`` is for each row the index of what the last step drew, or -1 where ``token_ids``
+    says the token itself.
+    """
+
+    FIELDS = ("token_ids", "pending", "positions", "slots", "context_lens", "sample_rows")
+
+    def __init__(self, num_rows: int, table_width: int) -> None:
+        self.num_rows = num_rows
+        self.table_width = table_width
+        self.tables_start = len(self.FIELDS) * num_rows
+        self.num_values = self.tables_start + num_rows * table_width
+
+    def views(self, packed: Tensor) -> dict[str, Tensor]:
+        """The fields of a packed device buffer, ``[num_rows]`` each."""
+        fields = packed[: self.tables_start].view(len(self.FIELDS), self.num_rows).unbind(0)
+        return dict(zip(self.FIELDS, fields, strict=True))
+
+    def tables(self, packed: Tensor) -> Tensor:
+        return packed[self.tables_start : self.num_values].view(self.num_rows, self.table_width)
+
+    def write(self, array: npt.NDArray[np.int32], batch: FlatBatch) -> int:
+        """Packs ``batch`` and fills it up; returns how many values are to be copied.
+
+        Columns of a block table behind its context keep what was there: they are never read.
+        """
+        num_used = len(batch.context_lens)
+        fields = array[: self.tables_start].reshape(len(self.FIELDS), self.num_rows)
+        token_ids, pending, positions, slots, context_lens, sample_rows = fields
+        token_ids[:num_used] = batch.token_ids
+        token_ids[num_used:] = 0
+        pending[:] = -1
+        pending[batch.pending_rows] = batch.pending_samples
+        positions[:num_used] = batch.positions
+        positions[num_used:] = 0
+        slots[:num_used] = batch.slot_mapping
+        slots[num_used:] = -1
+        context_lens[:num_used] = batch.context_lens
+        context_lens[num_used:] = 0
+        sample_rows[:num_used] = batch.sample_rows
+        sample_rows[num_used:] = 0
+        end = self.tables_start + num_used * self.table_width
+        tables = array[self.tables_start : end].reshape(num_used, self.table_width)
+        tables[:, : batch.block_tables.shape[1]] = batch.block_tables
+        return end
+
+
+class DecodeGraphs:
+    """Owns the graphs, their inputs and the memory that they share; used on the step thread.
+
+    ``drawn`` ``[max_num_seqs]`` int64 is where every step, captured or not, leaves its tokens.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        attention: StaticAttention,
+        lora: StaticLora,
+        device: CudaDevice,
+        drawn: Tensor,
+        max_blocks: int,
+        block_size: int,
+        sizes: Sequence[int],
+    ) -> None:
+        self._decoder = decoder
+        self._attention = attention
+        self._device = device
+        self._drawn = drawn
+        self._max_context = max_blocks * block_size
+        self._inputs = {size: _Inputs(size, max_blocks) for size in sizes}
+        self._lora_steps = {size: lora.graph_step(size) for size in sizes}
+        self._sizes = sorted(self._inputs)
+        largest = self._inputs[self._sizes[-1]].num_values
+        self._packed = torch.zeros(largest, dtype=torch.int32, device=device.torch_device)
+        self._staging = [_StagingBuffer(largest) for _ in range(_NUM_STAGING_BUFFERS)]
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self) -> None:
+        """Captures every size. Nothing else may use the device meanwhile."""
+        with torch.inference_mode(), self._device.forward_stream():
+            # The largest first: the smaller ones then live in its memory.
+            for size in reversed(self._sizes):
+                self._packed.zero_()
+                views = self._inputs[size].views(self._packed)
+                views["slots"].fill_(-1)
+                views["pending"].fill_(-1)
+                for with_adapters in (True, False):
+                    self._graphs[size, with_adapters] = self._capture(size, with_adapters)
+        self._device.synchronize()
+        logger.info("captured decode graphs for batches of %s", self._sizes)
+
+    def fits(self, batch: FlatBatch) -> bool:
+        """Whether every chunk is one token that samples, and there is a size for so many."""
+        num_chunks = len(batch.context_lens)
+        return num_chunks <= self._sizes[-1] and len(batch.token_ids) == num_chunks == len(
+            batch.sample_rows
+        )
+
+    def replay(self, batch: FlatBatch) -> Tensor:
+        """Logits ``[num_samples, vocab]`` in the plan's order, until the next replay.
+
+        Everything is enqueued on the current stream, which is the forward stream.
+        """
+        num_rows = len(batch.context_lens)
+        size = next(size for size in self._sizes if size >= num_rows)
+        staging = self._staging[0]
+        self._staging.append(self._staging.pop(0))
+        if staging.copied is not None:
+            # Two steps ago: it has long been done unless the host is far ahead.
+            staging.copied.synchronize()
+        end = self._inputs[size].write(staging.array, batch)
+        self._packed[:end].copy_(staging.tensor[:end], non_blocking=True)
+        staging.copied = self._device.record_forward_event()
+        with_adapters = bool(batch.segments)
+        if with_adapters:
+            self._lora_steps[size].fill(batch.segments)
+        captured = self._graphs[size, with_adapters]
+        captured.graph.replay()
+        return captured.logits[:num_rows]
+
+    def _capture(self, size: int, with_adapters: bool) -> _Graph:
+        # Compiles kernels and sets up libraries, neither of which a capture permits.
+        self._compute(size, with_adapters)
+        self._device.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
+            logits = self._compute(size, with_adapters)
+        return _Graph(graph, logits)
+
+    def _compute(self, size: int, with_adapters: bool) -> Tensor:
+        inputs = self._inputs[size]
+        views, tables = inputs.views(self._packed), inputs.tables(self._packed)
+        pending = views["pending"]
+        token_ids = torch.where(pending >= 0, self._drawn[pending.clamp(min=0)], views["token_ids"])
+        tensors = DeviceBatch(
+            token_ids=token_ids,
+            pending_rows=pending,
+            pending_samples=pending,
+            positions=views["positions"],
+            slot_mapping=views["slots"],
+            block_tables=tables,
+            context_lens=views["context_lens"],
+            sample_rows=views["sample_rows"],
+        )
+        lora: LoraStep = self._lora_steps[size] if with_adapters else NoAdapters()
+        hidden = self._decoder.run_layers(
+            range(self._decoder.config.num_layers),
+            self._decoder.embed(token_ids),
+            tensors.positions,
+            self._attention.begin_decode(tensors, self._max_context),
+            lora,
+        )
+        return self._decoder.logits(hidden[tensors.sample_rows])

@@ -1,0 +1,77 @@
+"""Prefill: what adapters cost it, and how much of the matrix units the base model's uses."""
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from ipc.messages import AdapterId
+from tools.gpu_checks.arithmetic import prefill_flops
+from tools.gpu_checks.figures import Figure, Report
+from tools.gpu_checks.live_engine import LiveEngine
+from tools.gpu_checks.setting import Setting
+from tools.gpu_checks.timing import machine_name, matmul_rate
+
+NUM_PROMPTS = 8
+# Throughput with 8 adapters of this rank over the base model's.
+GOALS = {16: 0.90, 256: 0.80}
+
+
+def time_prefill(
+    engine: LiveEngine,
+    adapter_ids: Sequence[AdapterId | None],
+    num_tokens: int,
+    repeats: int,
+    rng: random.Random,
+) -> float:
+    """Median seconds from ``NUM_PROMPTS`` new prompts to the first token of the last of them."""
+    vocab_size = engine.compute.model.vocab_size
+    owners = [adapter_ids[row % len(adapter_ids)] for row in range(NUM_PROMPTS)]
+    samples = []
+    for _ in range(repeats + 1):
+        prompts = [
+            [rng.randrange(vocab_size) for _ in range(num_tokens)] for _ in range(NUM_PROMPTS)
+        ]
+        begin_s = time.perf_counter()
+        requests = engine.ask(prompts, owners, max_tokens=1)
+        engine.run_until(partial(engine.are_finished, requests))
+        samples.append(max(engine.answers[r].times_s[0] for r in requests) - begin_s)
+        engine.cancel_all()
+    # The first warms up.
+    return statistics.median(samples[1:])
+
+
+def check_prefill(setting: Setting) -> Report:
+    """8 prompts of 2,048 tokens: base model, 8 adapters of rank 16, 8 of rank 256."""
+    num_tokens = setting.of(2048, 48)
+    repeats = setting.of(5, 1)
+    # Twice 8,192 tokens: as many as a step of a server for throughput has.
+    config = setting.engine_config(
+        setting.shape("llama-3.1-8b"),
+        max_num_batched_tokens=setting.of(8192, 256),
+        max_adapter_bytes=14 << 30,
+    )
+    engine = LiveEngine(config)
+    device = engine.device.torch_device
+    report = Report("prefill", machine_name(device))
+    rate = matmul_rate(device, setting.of(8192, 64))
+    rng = random.Random(0)
+    base_s = time_prefill(engine, [None], num_tokens, repeats, rng)
+    model, base = engine.compute.model, engine.compute.base
+    flops = prefill_flops(model, base, NUM_PROMPTS, num_tokens)
+    report.details |= {"matmul_flops_s": rate, "base_s": base_s, "base_flops": flops}
+    title = f"prefill {NUM_PROMPTS} × {num_tokens}"
+    report.figures += [
+        Figure("bfloat16 product 8192³", rate / 1e12, unit="TFLOP/s"),
+        Figure(f"{title}, base", 1000 * base_s, unit="ms"),
+        Figure(f"{title}, base: of that rate", flops / base_s / rate, 0.80, at_most=False),
+    ]
+    for rank, goal in GOALS.items():
+        adapter_ids = engine.add_adapters(setting.of(rank, min(rank, 32)), NUM_PROMPTS)
+        engine.ensure_resident(adapter_ids)
+        seconds = time_prefill(engine, adapter_ids, num_tokens, repeats, rng)
+        report.details[f"rank_{rank}_s"] = seconds
+        name = f"{title}, 8 adapters of rank {rank}: throughput over base"
+        report.figures.append(Figure(name, base_s / seconds, goal, at_most=False))
+    return report
