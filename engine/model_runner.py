@@ -78,11 +78,16 @@ class ModelRunner:
             return DrawnStep(drawn, self._device)
 
     def run_for_logits(self, plan: StepPlan) -> Tensor:
-        """Logits ``[plan.num_tokens, vocab]`` in the plan's order, and no token is drawn."""
+        """Logits ``[plan.num_tokens, vocab]`` in the plan's order, and no token is drawn.
+
+        Returns when they are computed: whoever reads them does so on a stream of its own.
+        """
         with torch.inference_mode(), self._device.forward_stream():
             batch = flatten(plan, self._block_size)
             hidden = self._forward(batch, to_device(batch, self._device))
-            return self._decoder.logits(hidden[self._device.upload(batch.plan_rows)])
+            logits = self._decoder.logits(hidden[self._device.upload(batch.plan_rows)])
+        self._device.synchronize()
+        return logits
 
     def _logits_of_samples(self, batch: FlatBatch) -> Tensor:
         """Logits ``[num_samples, vocab]``, of no use if nothing samples."""

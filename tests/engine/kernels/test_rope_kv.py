@@ -56,7 +56,8 @@ def test_queries_keys_and_values_end_where_they_belong(
     rope_kv(qkv, rotation, norms, EPS, keys, values, slots)
 
     expected = torch.cat((query, key, value), dim=1).flatten(1)
-    if has_norms or dtype is torch.float32:
+    if has_norms or dtype is torch.float32 or device.type == "cuda":
+        # A GPU's compiler was seen to round half precisions elsewhere than torch's kernels do.
         assert_near(qkv, expected.float(), num_roundings=8)
     else:
         assert torch.equal(qkv, expected)
