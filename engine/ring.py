@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from engine.device import Device
+from ipc.errors import InvalidRequest
 from ipc.messages import RingKind
 from ipc.ring_memory import HostRing
 
@@ -39,10 +40,22 @@ class _DeviceBytes:
 def open_ring(
     device: Device, num_chunks: int, chunk_bytes: int
 ) -> tuple[Ring, tuple[torch.Tensor, ...]]:
-    """A new ring and its chunks, uint8 ``[chunk_bytes]`` each, valid until the ring is closed."""
+    """A new ring and its chunks, uint8 ``[chunk_bytes]`` each, valid until the ring is closed.
+
+    Raises:
+        InvalidRequest: the GPU's bindings are not installed.
+        Unavailable: the driver refuses.
+    """
     if device.torch_device.type == "cuda":
         # Imported here alone: a machine without a GPU need not have the driver's bindings.
-        from ipc.cuda_memory import CudaRing
+        try:
+            from ipc.cuda_memory import CudaRing
+        except ImportError as error:
+            raise InvalidRequest(
+                f"a GPU's staging ring needs the package cuda-bindings ({error}):"
+                " install sidestream[cuda]",
+                param="device",
+            ) from error
 
         cuda_ring = CudaRing(device.torch_device.index or 0, num_chunks, chunk_bytes)
         return cuda_ring, tuple(

@@ -34,7 +34,7 @@ class EnvironmentFailed(Exception):
 def ensure_environment(root: Path, extras: Iterable[str]) -> Path:
     """The interpreter of ``root/.venv``, in which the project and ``extras`` are installed.
 
-    An environment whose stamp matches ``pyproject.toml`` is returned as it is; any other one is
+    Where there is an NVIDIA GPU, what it needs is among them. An environment whose stamp matches ``pyproject.toml`` is returned as it is; any other one is
     created or completed. The stamp is written last, so an interrupted run is taken up again.
 
     Raises:
@@ -46,7 +46,7 @@ def ensure_environment(root: Path, extras: Iterable[str]) -> Path:
     pyproject_hash = hashlib.sha256((root / "pyproject.toml").read_bytes()).hexdigest()
 
     installed = _installed_extras(stamp, pyproject_hash) if python.exists() else None
-    wanted = sorted({*extras, *(installed or ())})
+    wanted = sorted({*extras, *(installed or ()), *(["cuda"] if _has_nvidia_gpu() else ())})
     if installed == wanted:
         return python
 
