@@ -34,8 +34,9 @@ class EnvironmentFailed(Exception):
 def ensure_environment(root: Path, extras: Iterable[str]) -> Path:
     """The interpreter of ``root/.venv``, in which the project and ``extras`` are installed.
 
-    Where there is an NVIDIA GPU, what it needs is among them. An environment whose stamp matches ``pyproject.toml`` is returned as it is; any other one is
-    created or completed. The stamp is written last, so an interrupted run is taken up again.
+    Where there is an NVIDIA GPU, what it needs is among them. An environment whose stamp matches
+    ``pyproject.toml`` is returned as it is; any other one is created or completed. The stamp is
+    written last, so an interrupted run is taken up again.
 
     Raises:
         EnvironmentFailed: pip failed.
