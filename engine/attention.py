@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.batch import DeviceBatch, FlatBatch
-from engine.device import CudaDevice, Device
+from engine.device import Device
 from engine.kv_cache import KvCache, KvDestination
 
 # A group of decodes is padded to at most this many times its shortest context.
@@ -48,22 +48,6 @@ class AttentionBackend(Protocol):
     def begin(self, batch: FlatBatch, tensors: DeviceBatch) -> AttentionStep:
         """A step over the chunks of ``batch``, which ``tensors`` holds on the device."""
         ...
-
-
-def open_attention(cache: KvCache, device: Device, num_heads: int) -> AttentionBackend:
-    """The fastest attention that ``device`` has, over ``cache``."""
-    if not isinstance(device, CudaDevice):
-        return PagedAttention(cache, device)
-    # Only a GPU needs Triton.
-    from engine.cuda_attention import CudaAttention
-    from engine.kernels.paged_decode import DecodeWorkspace
-
-    num_kv_heads, head_dim = cache.keys[0].shape[2:]
-    processors = torch.cuda.get_device_properties(device.torch_device).multi_processor_count
-    workspace = DecodeWorkspace(num_heads, num_kv_heads, head_dim, processors, device.torch_device)
-    # The forward stream does not wait for the one that the workspace was filled on.
-    device.synchronize()
-    return CudaAttention(cache, device, workspace)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.attention import AttentionStep, PagedAttention
 from engine.batch import DeviceBatch, FlatBatch
-from engine.device import Device
+from engine.device import CudaDevice, Device
 from engine.kernels.causal_varlen import causal_varlen
 from engine.kernels.paged_decode import DecodeWorkspace, paged_decode
 from engine.kv_cache import KvCache, KvDestination
@@ -109,6 +109,16 @@ class CudaAttention:
                 blocks = batch.block_tables[chunk, : -(-count // size), None]
                 slots.append((blocks * size + np.arange(size)).reshape(-1)[:count])
         return np.concatenate(slots)
+
+
+def open_cuda_attention(cache: KvCache, device: CudaDevice, num_heads: int) -> CudaAttention:
+    """Attention over ``cache``, with a workspace of its own for the forward stream."""
+    num_kv_heads, head_dim = cache.keys[0].shape[2:]
+    processors = torch.cuda.get_device_properties(device.torch_device).multi_processor_count
+    workspace = DecodeWorkspace(num_heads, num_kv_heads, head_dim, processors, device.torch_device)
+    # The forward stream does not wait for the one that the workspace was filled on.
+    device.synchronize()
+    return CudaAttention(cache, device, workspace)
 
 
 class _CudaStep:

@@ -4,10 +4,9 @@ import torch
 
 from engine.adapter_slots import MAX_RESIDENT_ADAPTERS
 from engine.config import EngineConfig
-from engine.cuda_attention import CudaAttention
+from engine.cuda_attention import open_cuda_attention
 from engine.decode_graphs import DecodeGraphs, batch_sizes
 from engine.device import CudaDevice
-from engine.kernels.paged_decode import DecodeWorkspace
 from engine.kv_cache import KvCache
 from engine.lora.launches import LoraTuning
 from engine.lora.pool import AdapterPool
@@ -45,15 +44,7 @@ class CudaParts:
                 f"max_lora_rank: expected at most {largest} on a GPU, got {config.max_lora_rank}",
                 param="max_lora_rank",
             )
-        properties = torch.cuda.get_device_properties(device.torch_device)
-        workspace = DecodeWorkspace(
-            model.num_heads,
-            model.num_kv_heads,
-            model.head_dim,
-            properties.multi_processor_count,
-            device.torch_device,
-        )
-        self.attention = CudaAttention(cache, device, workspace)
+        self.attention = open_cuda_attention(cache, device, model.num_heads)
         self.table = AdapterTable(base, MAX_RESIDENT_ADAPTERS, device)
         self.lora = TritonLora(
             base,
@@ -64,6 +55,8 @@ class CudaParts:
             config.max_lora_rank,
             tuning,
         )
+        # Tables and work lists were filled on another stream than the one that reads them.
+        device.synchronize()
         self.lora.warm_up()
         self.graphs: DecodeGraphs | None = None
         if config.cuda_graphs:

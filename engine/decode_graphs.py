@@ -159,6 +159,8 @@ class DecodeGraphs:
 
     def capture(self) -> None:
         """Captures every size. Nothing else may use the device meanwhile."""
+        # Inputs and work lists were filled on another stream than the one that reads them.
+        self._device.synchronize()
         with torch.inference_mode(), self._device.forward_stream():
             # The largest first: the smaller ones then live in its memory.
             for size in reversed(self._sizes):

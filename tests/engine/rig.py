@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.attention import open_attention
-from engine.device import Device
+from engine.attention import AttentionBackend, PagedAttention
+from engine.device import CudaDevice, Device
 from engine.kv_cache import KvCache
 from engine.lora.linear import ReferenceLora
 from engine.lora.pool import AdapterPool
@@ -50,6 +50,16 @@ def make_sequence(
     )
 
 
+def _open_attention(cache: KvCache, device: Device, num_heads: int) -> AttentionBackend:
+    """What the engine has on this device."""
+    if not isinstance(device, CudaDevice):
+        return PagedAttention(cache, device)
+    # Only a GPU needs Triton.
+    from engine.cuda_attention import open_cuda_attention
+
+    return open_cuda_attention(cache, device, num_heads)
+
+
 class Rig:
     """Cache and pool begin as NaN everywhere; blocks are handed out in a random order."""
 
@@ -65,7 +75,7 @@ class Rig:
         self._runner = ModelRunner(
             decoder,
             BLOCK_SIZE,
-            open_attention(cache, device, self.config.num_heads),
+            _open_attention(cache, device, self.config.num_heads),
             ReferenceLora(pool),
             Sampler(device, self.config.eos_token_ids),
             device,
