@@ -3,8 +3,9 @@
 The shape is Llama-3.1-8B's, all seven linears, bf16. A decode case is a CUDA graph of all the
 launches that one step makes for its adapters; its bound is the adapters' bytes over the bandwidth
 that a copy reaches on the same machine. ``net`` is the graph's time less that of a graph of as
-many empty kernels, ``raw`` is all of it. Prefill is the time that one layer's adapters take beside
-that of the layer's linears and attention.
+many empty kernels, ``raw`` is all of it; ``bare`` is the time of a graph of as many launches that
+read as many bytes and do nothing else, less the same: what so many launches cannot fall below.
+Prefill is the time that one layer's adapters take beside that of the layer's linears and attention.
 
 ``--tune`` times the kernels in several ways of cutting up their work instead.
 """
@@ -29,7 +30,16 @@ from engine.lora.kernels.shrink_many import ShrinkManyTuning
 from engine.lora.launches import LoraTuning
 from engine.lora.triton_linear import EagerStep
 from ipc.base_model import LINEAR_GROUPS
-from tools.lora_bench import BOTH, SIZES, Bench, Halves, launches, segments_of, time_parts
+from tools.lora_bench import (
+    BOTH,
+    SIZES,
+    BareReads,
+    Bench,
+    Halves,
+    launches,
+    segments_of,
+    time_parts,
+)
 
 NUM_LAYERS = 32
 POOL_BYTES = 15 << 30
@@ -54,26 +64,19 @@ PREFILL_RANKS = (16, 256)
 
 DEFAULT = LoraTuning()
 SHRINKS = (
-    ShrinkFewTuning(programs_per_processor=2),
-    ShrinkFewTuning(programs_per_processor=8),
-    ShrinkFewTuning(tile_rows=32, max_registers=None),
-    ShrinkFewTuning(max_splits=16),
-    ShrinkFewTuning(lanes=4, num_warps=4, programs_per_processor=6),
-    ShrinkFewTuning(lanes=4, num_warps=4, programs_per_processor=8, max_splits=16),
-    ShrinkFewTuning(num_warps=4, max_registers=168),
-    ShrinkFewTuning(lanes=4, tile_inputs=256, num_warps=4),
-    ShrinkFewTuning(tile_ranks=32, lanes=4, num_warps=4, max_registers=168),
+    ShrinkFewTuning(row_inputs=512),
+    ShrinkFewTuning(row_ranks=8),
+    ShrinkFewTuning(rows_ranks=16, num_stages=4),
+    ShrinkFewTuning(rows_ranks=64, rows_inputs=128, num_stages=4, programs_per_processor=3),
+    ShrinkFewTuning(rows_inputs=128, num_stages=4, max_registers=None),
+    ShrinkFewTuning(num_stages=5, programs_per_processor=2),
 )
 EXPANDS = (
-    ExpandFewTuning(programs_per_processor=2),
-    ExpandFewTuning(programs_per_processor=8),
-    ExpandFewTuning(tile_rows=32),
-    ExpandFewTuning(columns=(512, 128, 64)),
-    ExpandFewTuning(columns=(512, 128, 32), max_registers=96),
-    ExpandFewTuning(columns=(1024, 256, 128)),
-    ExpandFewTuning(columns=(256, 64, 32), num_warps=4, programs_per_processor=8),
-    ExpandFewTuning(columns=(256, 128, 32), num_warps=4, programs_per_processor=8),
-    ExpandFewTuning(columns=(512, 128, 64), num_warps=4, programs_per_processor=6),
+    ExpandFewTuning(columns=(512, 128, 32, 256, 64, 32)),
+    ExpandFewTuning(columns=(512, 128, 32, 128, 128, 64)),
+    ExpandFewTuning(columns=(1024, 256, 64, 128, 64, 32), programs_per_processor=3),
+    ExpandFewTuning(columns=(256, 64, 16, 128, 64, 16)),
+    ExpandFewTuning(columns=(512, 128, 32, 256, 64, 32), num_warps=8, max_registers=80),
 )
 SHRINKS_OF_MANY = (
     ShrinkManyTuning(narrow=(64, 4, 4), wide=(64, 8, 3)),
@@ -129,6 +132,8 @@ def decode_figures(tunings: Sequence[LoraTuning], is_tuning: bool) -> dict[str, 
     for case in CASES:
         adapters, num_bytes = bench.install(case.num_adapters, case.rank)
         bound_ms = num_bytes * case.num_adapters / bandwidth * 1e3
+        reads = BareReads(bench, case.num_adapters, case.rank)
+        bare_ms = bench.time_ms(bench.capture(launches(bench, reads, case.batch)).replay)
         for tuning in tunings:
             if not concerns(tuning, "few"):
                 continue
@@ -145,6 +150,7 @@ def decode_figures(tunings: Sequence[LoraTuning], is_tuning: bool) -> dict[str, 
                 row["net_ms"] = row["raw_ms"] - empty_ms
                 row["raw_ratio"] = row["raw_ms"] / bound_ms
                 row["net_ratio"] = row["net_ms"] / bound_ms
+                row["bare_ratio"] = (bare_ms - empty_ms) / bound_ms
             rows.append(row)
     return {
         "copy_bandwidth_tb_s": bandwidth / 1e12,
@@ -294,7 +300,8 @@ def print_figures(figures: dict[str, Any]) -> None:
             f" graph of {decode['num_kernels']} empty kernels {decode['empty_graph_ms']:.3f} ms"
         )
         print_rows(
-            decode["rows"], ("case", "bound_ms", "raw_ms", "net_ms", "raw_ratio", "net_ratio")
+            decode["rows"],
+            ("case", "bound_ms", "raw_ms", "net_ms", "raw_ratio", "net_ratio", "bare_ratio"),
         )
     if prefill := figures.get("prefill"):
         print(f"prefill of {prefill['num_tokens']} tokens, a layer {prefill['layer_ms']:.3f} ms")

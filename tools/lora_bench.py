@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from engine.device import CudaDevice
@@ -52,6 +53,60 @@ def nothing(x_ptr):  # type: ignore[no-untyped-def]
 empty_kernel = triton.jit(nothing)
 
 
+def read(words_ptr, out_ptr, num_words, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Reads ``num_words`` in even shares, before the launch before is done; then waits for it."""
+    tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    share = tl.cdiv(num_words, tl.num_programs(0) * TILE) * TILE
+    words = program * share + tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.int32)
+    for first in range(0, share, TILE):
+        total += tl.load(words_ptr + first + words, mask=first + words < num_words, other=0)
+    tl.extra.cuda.gdc_wait()
+    tl.store(out_ptr + program, tl.sum(total, 0))
+
+
+read_kernel = triton.jit(read)
+
+
+class BareReads:
+    """Launches in the place of the adapters' that read as many bytes, and do nothing else.
+
+    What they take is what no kernels of this number of launches can fall below: each half of each
+    group reads its weights, ahead of the launch before it, and finishes behind it. Every launch
+    reads bytes that none of the last ones has read.
+    """
+
+    _TILE_WORDS = 4096
+    _PROGRAMS_PER_PROCESSOR = 4
+
+    def __init__(self, bench: "Bench", num_adapters: int, rank: int) -> None:
+        self._words = bench.arena.view(torch.int32)
+        self._num_values = num_adapters * rank
+        self._next_word = 0
+        properties = torch.cuda.get_device_properties(bench.device.torch_device)
+        self._num_programs = self._PROGRAMS_PER_PROCESSOR * properties.multi_processor_count
+        self._out = torch.empty(
+            self._num_programs, dtype=torch.int32, device=bench.device.torch_device
+        )
+
+    def shrink(self, layer: int, group: ModuleGroup, x: Tensor) -> None:
+        self._read(sum(SIZES[columns.module][1] for columns in group))
+
+    def expand(self, layer: int, group: ModuleGroup, out: Tensor) -> None:
+        self._read(sum(SIZES[columns.module][0] for columns in group))
+
+    def _read(self, features: int) -> None:
+        num_words = self._num_values * features // 2
+        if self._next_word + num_words > self._words.numel():
+            self._next_word = 0
+        words = self._words[self._next_word :]
+        self._next_word += num_words
+        read_kernel[(self._num_programs,)](
+            words, self._out, num_words, TILE=self._TILE_WORDS, num_warps=4, launch_pdl=True
+        )
+
+
 class Bench:
     """A pool of adapters of random values, and a step's activations."""
 
@@ -63,8 +118,8 @@ class Bench:
         self.device = CudaDevice()
         self.max_rows = max_rows
         self._pool = AdapterPool(self.base, pool_bytes, self.device)
-        arena = self._pool.extent_view(0, pool_bytes).view(torch.bfloat16)
-        arena.normal_(std=0.02)
+        self.arena = self._pool.extent_view(0, pool_bytes).view(torch.bfloat16)
+        self.arena.normal_(std=0.02)
         self._table = AdapterTable(self.base, 256, self.device)
         self._used_bytes = 0
         self._num_installed = 0

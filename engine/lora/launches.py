@@ -26,12 +26,14 @@ class LoraTuning:
     """How the kernels cut up their work; nothing of it changes the result beyond rounding.
 
     Segments of at most ``max_few_rows`` rows are small, as long as no more than
-    ``max_small_rows`` are in small segments. ``overlaps`` lets a launch read weights while the
-    launch before it still runs (programmatic dependent launch, from compute capability 9.0 on).
+    ``max_small_rows`` are in small segments; ``tile_few_rows`` of their rows are computed at once.
+    ``overlaps`` lets a launch read weights while the launch before it still runs (programmatic
+    dependent launch, from compute capability 9.0 on).
     """
 
     max_few_rows: int = 32
     max_small_rows: int = 512
+    tile_few_rows: int = 16
     overlaps: bool = True
     shrink_few: ShrinkFewTuning = field(default_factory=ShrinkFewTuning)
     expand_few: ExpandFewTuning = field(default_factory=ExpandFewTuning)
@@ -39,7 +41,13 @@ class LoraTuning:
     expand_many: ExpandManyTuning = field(default_factory=ExpandManyTuning)
 
     def unit_shape(self) -> UnitShape:
-        return UnitShape(self.shrink_few.tile_ranks, self.expand_few.ranks, self.expand_few.columns)
+        return UnitShape(
+            self.tile_few_rows,
+            self.shrink_few.row_ranks,
+            self.shrink_few.rows_ranks,
+            self.expand_few.ranks,
+            self.expand_few.columns,
+        )
 
 
 class LoraLaunches:
@@ -69,12 +77,15 @@ class LoraLaunches:
             properties = torch.cuda.get_device_properties(device)
             self._num_processors = properties.multi_processor_count
             self._overlaps = tuning.overlaps and properties.major >= 9
-        num_splits = max(tuning.shrink_few.cut(shape.in_features)[0] for shape in base.linears)
+        shrink = tuning.shrink_few
+        num_splits = max(shrink.cut_row(shape.in_features)[0] for shape in base.linears)
+        num_programs = shrink.programs_per_processor * self._num_processors
         longest = max(len(group) for group in LINEAR_GROUPS)
         max_tiles = tuning.unit_shape().max_units(max_small_rows) * longest
         self._scratch = Scratch(
             max_rows,
             num_splits * max_small_rows,
+            num_programs * tuning.tile_few_rows * shrink.rows_ranks,
             max(max_tiles, self._num_processors),
             max_rank,
             weights.arena.dtype,
@@ -94,6 +105,7 @@ class LoraLaunches:
             self._shape(group),
             layer,
             max_rows,
+            self._tuning.tile_few_rows,
             self._num_processors,
             self._tuning.shrink_few,
             self._overlaps,
@@ -111,8 +123,9 @@ class LoraLaunches:
             units,
             shape,
             layer,
-            self._tuning.shrink_few.cut(shape.in_features)[0],
+            self._tuning.shrink_few.cut_row(shape.in_features)[0],
             max_rows,
+            self._tuning.tile_few_rows,
             self._num_processors,
             self._tuning.expand_few,
             self._overlaps,

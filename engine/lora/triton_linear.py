@@ -5,7 +5,6 @@ by reading the adapters' weights, the latter by reading and writing the rows. Wh
 need is found out once, for all layers, and handed to the kernels as data.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,9 +72,7 @@ class TritonLora:
         small, large = self._divide(segments)
         parts: list[SmallSegments | LargeSegments] = []
         if small:
-            shape = self._tuning.unit_shape()
-            listed = np.zeros((1 + shape.max_units(len(small)), UNIT_WORDS), np.int32)
-            units = self._device.upload(listed[: list_units(small, shape, listed)])
+            units = self._device.upload(list_units(small, self._tuning.unit_shape()))
             num_rows = sum(segment.num_rows for segment in small)
             parts.append(SmallSegments(self._launches, units, num_rows))
         if large:
@@ -136,9 +133,8 @@ class GraphStep:
         self._max_rows = max_rows
         self._shape = tuning.unit_shape()
         shape = (1 + self._shape.max_units(max_rows), UNIT_WORDS)
-        self._listed = np.zeros(shape, np.int32)
         self._units = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
-        self._uploads = Uploads(device, self._listed.nbytes, _NUM_UPLOAD_BUFFERS)
+        self._uploads = Uploads(device, self._units.nbytes, _NUM_UPLOAD_BUFFERS)
         self._segments = SmallSegments(launches, self._units, max_rows)
 
     def fill(self, segments: tuple[Segment, ...]) -> None:
@@ -148,8 +144,8 @@ class GraphStep:
         """
         found = _row_segments(segments, self._table)
         assert sum(segment.num_rows for segment in found) <= self._max_rows, segments
-        used = list_units(found, self._shape, self._listed)
-        self._uploads.send(self._listed[:used], self._units[:used])
+        listed = list_units(found, self._shape)
+        self._uploads.send(listed, self._units[: len(listed)])
 
     def add(self, layer: int, group: ModuleGroup, x: Tensor, out: Tensor) -> None:
         self.shrink(layer, group, x)

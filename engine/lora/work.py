@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
 
-# Words of a row of the list of small segments' work: a shrink unit, then an expand unit.
-UNIT_WORDS = 16
-EXPAND_WORD = 8
+# Words of a row of the list of small segments' work: a unit of each kind, one beside the other.
+UNIT_WORDS = 24
+SHRINK_ROW_WORD, SHRINK_ROWS_WORD, EXPAND_WORD = range(0, UNIT_WORDS, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,60 +38,76 @@ class RowSegment:
 class UnitShape:
     """How large a unit of work on a small segment is.
 
-    A shrink unit covers ``tile_ranks`` ranks. An expand unit covers all ranks of ``columns[v]`` of
-    every ``columns[0]`` columns, where ``ranks[v]`` is the first not below the adapter's: units
-    read about as many bytes whatever the rank.
+    A unit covers one row, where a segment has no more, or up to ``max_rows`` of them. A shrink unit
+    covers ``row_ranks`` ranks of the one, ``rows_ranks`` of the others. An expand unit covers all
+    ranks of ``columns[v]`` of every ``max_columns`` columns: ``v`` is the first with ``ranks[v]``
+    not below the adapter's, and as many further on where there are several rows.
     """
 
-    tile_ranks: int
+    max_rows: int
+    row_ranks: int
+    rows_ranks: int
     ranks: tuple[int, ...]
     columns: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.ranks) == len(self.columns) and list(self.ranks) == sorted(self.ranks)
-        assert all(self.columns[0] % columns == 0 for columns in self.columns), self.columns
+        assert len(self.columns) == 2 * len(self.ranks) and list(self.ranks) == sorted(self.ranks)
+        assert all(self.max_columns % columns == 0 for columns in self.columns), self.columns
 
-    def max_units(self, num_segments: int) -> int:
-        """Rows of the list that so many segments of any rank can take."""
-        shrink = -(-self.ranks[-1] // self.tile_ranks)
-        expand = max(self.columns[0] // columns for columns in self.columns)
-        return num_segments * max(shrink, expand)
+    @property
+    def max_columns(self) -> int:
+        return max(self.columns)
+
+    def max_units(self, num_rows: int) -> int:
+        """Rows of the list that so many rows of a step can take, in segments of any rank."""
+        shrink = -(-self.ranks[-1] // min(self.row_ranks, self.rows_ranks))
+        return num_rows * max(shrink, self.max_columns // min(self.columns))
 
 
-def list_units(segments: Sequence[RowSegment], shape: UnitShape, out: IntArray) -> int:
-    """Writes the list for small segments into ``out``; returns how many of its rows are used.
+def list_units(segments: Sequence[RowSegment], shape: UnitShape) -> IntArray:
+    """The list for small segments, ``[1 + longest, UNIT_WORDS]``.
 
-    ``out`` is ``[1 + max_units, UNIT_WORDS]``. Row 0 holds the numbers of shrink and of expand
-    units. Each other row holds a shrink unit in its first words, an expand unit from
-    ``EXPAND_WORD`` on, as far as there are any:
+    Row 0 holds the numbers of units that shrink one row, that shrink several, and that expand. The
+    other rows hold them, the kinds side by side from the words ``SHRINK_ROW_WORD``,
+    ``SHRINK_ROWS_WORD`` and ``EXPAND_WORD`` on:
 
-    | word | holds                                                            |
-    |------|------------------------------------------------------------------|
-    | 0    | the adapter's index                                              |
-    | 1, 2 | the segment's first row in the step, and its number of rows      |
-    | 3    | the segment's first row among those of all small segments        |
-    | 4    | which of the segment's units it is                               |
-    | 5    | expand units: the entry of ``shape.ranks`` that the rank is under |
+    | word | holds                                                                     |
+    |------|---------------------------------------------------------------------------|
+    | 0    | the adapter's index                                                       |
+    | 1, 2 | the unit's first row in the step, and its number of rows                  |
+    | 3    | of units that have one row: which of all these rows it is                 |
+    | 4    | which of the units for these rows it is                                   |
+    | 5    | expand units: the entry of ``shape.columns`` that they are as large as    |
     """
-    table = np.array(
-        [(each.index, each.start, each.num_rows, each.max_rank) for each in segments],
+    tiles = np.array(
+        [
+            (each.index, row, min(shape.max_rows, each.stop - row), each.max_rank, each.num_rows)
+            for each in segments
+            for row in range(each.start, each.stop, shape.max_rows)
+        ],
         dtype=np.int32,
-    ).reshape(-1, 4)
-    max_ranks = table[:, 3].copy()
-    table[:, 3] = np.cumsum(table[:, 2]) - table[:, 2]
+    ).reshape(-1, 5)
+    max_ranks, is_single = tiles[:, 3].copy(), tiles[:, 4] == 1
+    tiles[:, 3] = np.cumsum(is_single) - 1
     variants = np.searchsorted(shape.ranks, max_ranks)
-    assert not len(segments) or variants.max() < len(shape.ranks), max_ranks
-    num_shrink = -(-max_ranks // shape.tile_ranks)
-    num_expand = shape.columns[0] // np.array(shape.columns)[variants] * (max_ranks > 0)
-    for counts, first_word in ((num_shrink, 0), (num_expand, EXPAND_WORD)):
-        total = int(counts.sum())
-        out[0, first_word // EXPAND_WORD] = total
-        of_segment = np.repeat(np.arange(len(segments)), counts)
-        units = out[1 : 1 + total, first_word : first_word + 6]
-        units[:, :4] = table[of_segment]
+    assert not len(tiles) or variants.max() < len(shape.ranks), max_ranks
+    variants += np.where(is_single, 0, len(shape.ranks))
+    num_expand = shape.max_columns // np.array(shape.columns)[variants] * (max_ranks > 0)
+    kinds = (
+        (SHRINK_ROW_WORD, -(-max_ranks // shape.row_ranks) * is_single),
+        (SHRINK_ROWS_WORD, -(-max_ranks // shape.rows_ranks) * ~is_single),
+        (EXPAND_WORD, num_expand),
+    )
+    totals = [int(counts.sum()) for _, counts in kinds]
+    out = np.zeros((1 + max(totals), UNIT_WORDS), np.int32)
+    out[0, : len(totals)] = totals
+    for (word, counts), total in zip(kinds, totals, strict=True):
+        of_tile = np.repeat(np.arange(len(tiles)), counts)
+        units = out[1 : 1 + total, word : word + 6]
+        units[:, :4] = tiles[of_tile, :4]
         units[:, 4] = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-        units[:, 5] = variants[of_segment]
-    return 1 + int(out[0, :2].max())
+        units[:, 5] = variants[of_tile]
+    return out
 
 
 def list_row_tiles(segments: Sequence[RowSegment], tile_rows: int) -> IntArray:

@@ -17,14 +17,17 @@ _NUM_LINEARS = tl.constexpr(len(LINEAR_MODULES))
 
 @dataclass(frozen=True, slots=True)
 class ExpandFewTuning:
-    """How the work is cut up: see ``UnitShape`` for ``ranks`` and ``columns``."""
+    """How the work is cut up: see ``UnitShape`` for ``ranks``, and for ``columns`` the first half
+    of which is for one row, the other for several.
+
+    Registers bound how many programs a multiprocessor has, and so how many bytes are on their way.
+    """
 
     ranks: tuple[int, int, int] = (16, 64, 256)
-    columns: tuple[int, int, int] = (512, 256, 64)
-    tile_rows: int = 16
-    programs_per_processor: int = 2
-    num_warps: int = 8
-    max_registers: int | None = None
+    columns: tuple[int, int, int, int, int, int] = (512, 128, 32, 128, 64, 32)
+    programs_per_processor: int = 4
+    num_warps: int = 4
+    max_registers: int | None = 128
 
 
 def expand_few(
@@ -36,6 +39,7 @@ def expand_few(
     layer: int,
     num_splits: int,
     max_rows: int,
+    tile_rows: int,
     num_processors: int,
     tuning: ExpandFewTuning,
     overlaps: bool,
@@ -44,11 +48,11 @@ def expand_few(
 
     ``out`` is ``[num_rows, out_features]``, contiguous, the model's dtype. ``scratch`` holds what
     ``shrink_few`` left for the same rows, group and layer, ``num_splits`` partial sums for each
-    row. The delta is accumulated in fp32 and rounded once, with ``out``. The other arguments are
-    those of ``shrink_few``.
+    row that is alone. The delta is accumulated in fp32 and rounded once, with ``out``. The other
+    arguments are those of ``shrink_few``.
     """
     assert out.is_contiguous() and out.dtype == weights.arena.dtype, out.stride()
-    blocks = group.column_blocks(tuning.columns[0])
+    blocks = group.column_blocks(max(tuning.columns))
     max_items = (units.shape[0] - 1) * blocks[2]
     num_programs = min(max_items, tuning.programs_per_processor * num_processors)
     _expand_few_kernel[(num_programs,)](
@@ -63,22 +67,17 @@ def expand_few(
         layer,
         weights.offsets.shape[1],
         group.first_module,
-        blocks[0],
-        blocks[1],
-        blocks[2],
+        *blocks,
         *group.starts[1:],
         *group.widths,
         out.shape[1],
         max_rows,
-        COLUMNS=scratch.columns,
+        SCRATCH_COLUMNS=scratch.columns,
         NUM_SPLITS=num_splits,
-        RANKS_0=tuning.ranks[0],
-        RANKS_1=tuning.ranks[1],
-        RANKS_2=tuning.ranks[2],
-        COLUMNS_0=tuning.columns[0],
-        COLUMNS_1=tuning.columns[1],
-        COLUMNS_2=tuning.columns[2],
-        TILE_ROWS=tuning.tile_rows,
+        RANKS=tuning.ranks,
+        COLUMNS=tuning.columns,
+        MAX_COLUMNS=max(tuning.columns),
+        TILE_ROWS=tile_rows,
         OVERLAPS=overlaps,
         num_warps=tuning.num_warps,
         num_stages=1,
@@ -112,18 +111,15 @@ def _expand_few_kernel(
     width_2,
     out_stride,
     max_rows,
-    COLUMNS: tl.constexpr,
+    SCRATCH_COLUMNS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    RANKS_0: tl.constexpr,
-    RANKS_1: tl.constexpr,
-    RANKS_2: tl.constexpr,
-    COLUMNS_0: tl.constexpr,
-    COLUMNS_1: tl.constexpr,
-    COLUMNS_2: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MAX_COLUMNS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Program by program: some columns of one linear, all their ranks, all rows of a segment."""
+    """Program by program: some columns of one linear, all their ranks, all rows of a unit."""
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
     item = tl.program_id(0)
@@ -135,7 +131,7 @@ def _expand_few_kernel(
     scratch_row = tl.load(unit_ptr + 3)
     unit = tl.load(unit_ptr + 4)
     variant = tl.load(unit_ptr + 5)
-    num_items = tl.load(units_ptr + 1) * end_2
+    num_items = tl.load(units_ptr + 2) * end_2
     while item < num_items:
         block = item % end_2
         module = (block >= end_0).to(tl.int32) + (block >= end_1).to(tl.int32)
@@ -162,31 +158,44 @@ def _expand_few_kernel(
             num_ranks = tl.multiple_of(num_ranks, 8)
             first_rank = tl.multiple_of(first_rank, 8)
             b_ptr = arena_ptr + tl.multiple_of(b_offset, 32)
-            p_ptr = partial_ptr + scratch_row * COLUMNS + first_rank
-            s_ptr = shrunk_ptr + first_row.to(tl.int64) * COLUMNS + first_rank
+            p_ptr = partial_ptr + scratch_row * SCRATCH_COLUMNS + first_rank
+            s_ptr = shrunk_ptr + first_row.to(tl.int64) * SCRATCH_COLUMNS + first_rank
             o_ptr = out_ptr + first_row.to(tl.int64) * out_stride + start
-            split_stride = (max_rows * COLUMNS).to(tl.int64)
-            column = block * COLUMNS_0
-            # fmt: off
-            if variant == 0:
-                _expand_tile(
-                    o_ptr, b_ptr, p_ptr, s_ptr, column + unit * COLUMNS_0, width, num_rows,
-                    num_ranks, scaling, out_stride, split_stride,
-                    COLUMNS, NUM_SPLITS, RANKS_0, COLUMNS_0, TILE_ROWS, OVERLAPS,
-                )
-            elif variant == 1:
-                _expand_tile(
-                    o_ptr, b_ptr, p_ptr, s_ptr, column + unit * COLUMNS_1, width, num_rows,
-                    num_ranks, scaling, out_stride, split_stride,
-                    COLUMNS, NUM_SPLITS, RANKS_1, COLUMNS_1, TILE_ROWS, OVERLAPS,
-                )
-            else:
-                _expand_tile(
-                    o_ptr, b_ptr, p_ptr, s_ptr, column + unit * COLUMNS_2, width, num_rows,
-                    num_ranks, scaling, out_stride, split_stride,
-                    COLUMNS, NUM_SPLITS, RANKS_2, COLUMNS_2, TILE_ROWS, OVERLAPS,
-                )
-            # fmt: on
+            split_stride = (max_rows * SCRATCH_COLUMNS).to(tl.int64)
+            column = block * MAX_COLUMNS
+            for size in tl.static_range(len(RANKS)):
+                if variant == size:
+                    _expand_row(
+                        o_ptr,
+                        b_ptr,
+                        p_ptr,
+                        column + unit * COLUMNS[size],
+                        width,
+                        num_ranks,
+                        scaling,
+                        split_stride,
+                        NUM_SPLITS,
+                        RANKS[size],
+                        COLUMNS[size],
+                        OVERLAPS,
+                    )
+                elif variant == len(RANKS) + size:
+                    _expand_rows(
+                        o_ptr,
+                        b_ptr,
+                        s_ptr,
+                        column + unit * COLUMNS[len(RANKS) + size],
+                        width,
+                        num_rows,
+                        num_ranks,
+                        scaling,
+                        out_stride,
+                        SCRATCH_COLUMNS,
+                        RANKS[size],
+                        COLUMNS[len(RANKS) + size],
+                        TILE_ROWS,
+                        OVERLAPS,
+                    )
         first_row = next_first_row
         num_rows = next_num_rows
         scratch_row = next_scratch_row
@@ -198,10 +207,41 @@ def _expand_few_kernel(
 
 
 @triton.jit
-def _expand_tile(
+def _expand_row(
     out_ptr,
     b_ptr,
     partial_ptr,
+    first_column,
+    width,
+    num_ranks,
+    scaling,
+    split_stride,
+    NUM_SPLITS: tl.constexpr,
+    TILE_RANKS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    columns = first_column + tl.arange(0, TILE_COLUMNS)
+    ranks = tl.arange(0, TILE_RANKS)
+    b = _load_b(b_ptr, columns, width, ranks, num_ranks)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    mask = columns < width
+    before = tl.load(out_ptr + columns, mask=mask, other=0.0)
+    # One by one: each thread loads what its part of B needs, nothing has to be exchanged.
+    shrunk = tl.zeros([TILE_RANKS], tl.float32)
+    for split in tl.static_range(NUM_SPLITS):
+        ptrs = partial_ptr + split * split_stride + ranks
+        shrunk += tl.load(ptrs, mask=ranks < num_ranks, other=0.0)
+    delta = tl.sum(b.to(tl.float32) * shrunk[None, :], 1)
+    after = before.to(tl.float32) + scaling * delta
+    tl.store(out_ptr + columns, after.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _expand_rows(
+    out_ptr,
+    b_ptr,
     shrunk_ptr,
     first_column,
     width,
@@ -209,46 +249,36 @@ def _expand_tile(
     num_ranks,
     scaling,
     out_stride,
-    split_stride,
-    COLUMNS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    SCRATCH_COLUMNS: tl.constexpr,
     TILE_RANKS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    rows = tl.arange(0, TILE_ROWS)
     columns = first_column + tl.arange(0, TILE_COLUMNS)
     ranks = tl.arange(0, TILE_RANKS)
-    b = tl.load(
+    b = _load_b(b_ptr, columns, width, ranks, num_ranks)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    out_ptrs = out_ptr + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
+    mask = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    before = tl.load(out_ptrs, mask=mask, other=0.0)
+    shrunk = tl.load(
+        shrunk_ptr + rows[:, None] * SCRATCH_COLUMNS + ranks[None, :],
+        mask=(rows < num_rows)[:, None] & (ranks < num_ranks)[None, :],
+        other=0.0,
+    )
+    delta = tl.dot(shrunk, tl.trans(b), input_precision="ieee")
+    after = before.to(tl.float32) + scaling * delta
+    tl.store(out_ptrs, after.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _load_b(b_ptr, columns, width, ranks, num_ranks):
+    """``[columns, ranks]`` of B, zeros outside of it."""
+    return tl.load(
         b_ptr + columns[:, None] * num_ranks + ranks[None, :],
         mask=(columns < width)[:, None] & (ranks < num_ranks)[None, :],
         other=0.0,
     )
-    dtype = out_ptr.dtype.element_ty
-    if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
-    if num_rows == 1:
-        mask = columns < width
-        before = tl.load(out_ptr + columns, mask=mask, other=0.0)
-        # One by one: each thread loads what its part of B needs, nothing has to be exchanged.
-        shrunk = tl.zeros([TILE_RANKS], tl.float32)
-        for split in tl.static_range(NUM_SPLITS):
-            ptrs = partial_ptr + split * split_stride + ranks
-            shrunk += tl.load(ptrs, mask=ranks < num_ranks, other=0.0)
-        delta = tl.sum(b.to(tl.float32) * shrunk[None, :], 1)
-        after = before.to(tl.float32) + scaling * delta
-        tl.store(out_ptr + columns, after.to(dtype), mask)
-    else:
-        for row in range(0, num_rows, TILE_ROWS):
-            rows = row + tl.arange(0, TILE_ROWS)
-            shrunk = tl.load(
-                shrunk_ptr + rows[:, None] * COLUMNS + ranks[None, :],
-                mask=(rows < num_rows)[:, None] & (ranks < num_ranks)[None, :],
-                other=0.0,
-            )
-            ptrs = out_ptr + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
-            mask = (rows < num_rows)[:, None] & (columns < width)[None, :]
-            before = tl.load(ptrs, mask=mask, other=0.0)
-            delta = tl.dot(shrunk, tl.trans(b), input_precision="ieee")
-            after = before.to(tl.float32) + scaling * delta
-            tl.store(ptrs, after.to(dtype), mask)

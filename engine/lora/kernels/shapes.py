@@ -66,18 +66,20 @@ class Scratch:
 
     | tensor     | shape                           | dtype       | holds                          |
     |------------|---------------------------------|-------------|--------------------------------|
-    | `partial`  | `[max_partials, columns]`, flat | fp32        | sums over a part of the inputs |
+    | `partial`  | flat, see below                 | fp32        | sums over a part of the inputs |
     | `shrunk`   | `[max_rows, columns]`           | the model's | sums over all of them          |
     | `arrivals` | `[max_tiles]`                   | int32       | zeros between launches         |
 
-    Column ``c`` is the ``c``-th row of the group's A's. A segment of one row has its sums in
-    ``partial`` alone, others end up in ``shrunk``.
+    Column ``c`` is the ``c``-th row of the group's A's. Segments of one row have their sums in
+    ``partial`` alone, ``[max_partials, columns]`` altogether; others end up in ``shrunk``, with
+    ``part_values`` on the way.
     """
 
     def __init__(
         self,
         max_rows: int,
         max_partials: int,
+        part_values: int,
         max_tiles: int,
         max_rank: int,
         dtype: torch.dtype,
@@ -85,6 +87,6 @@ class Scratch:
     ) -> None:
         longest = max(len(group) for group in LINEAR_GROUPS)
         self.columns = -(-longest * max_rank // 16) * 16
-        self.partial = torch.empty(max_partials * self.columns, device=device)
+        self.partial = torch.empty(max_partials * self.columns + part_values, device=device)
         self.shrunk = torch.empty(max_rows, self.columns, dtype=dtype, device=device)
         self.arrivals = torch.zeros(max_tiles, dtype=torch.int32, device=device)

@@ -1,4 +1,8 @@
-"""``x Aᵀ`` for segments of few rows, as in decoding: bound by reading the A's once."""
+"""``x Aᵀ`` for segments of few rows, as in decoding: bound by reading the A's once.
+
+One row's products are sums that every thread takes a part of, from A's in its registers. Several
+rows' are matrix products, from A's that stream through shared memory.
+"""
 
 from dataclasses import dataclass
 
@@ -8,10 +12,12 @@ from torch import Tensor
 
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from engine.lora.kernels.split_sum import is_last_arrival, load_part
-from engine.lora.work import UNIT_WORDS
+from engine.lora.work import SHRINK_ROW_WORD, SHRINK_ROWS_WORD, UNIT_WORDS
 from ipc.base_model import LINEAR_MODULES
 
 _UNIT_WORDS = tl.constexpr(UNIT_WORDS)
+_ROW_WORD = tl.constexpr(SHRINK_ROW_WORD)
+_ROWS_WORD = tl.constexpr(SHRINK_ROWS_WORD)
 _NUM_LINEARS = tl.constexpr(len(LINEAR_MODULES))
 
 
@@ -19,28 +25,27 @@ _NUM_LINEARS = tl.constexpr(len(LINEAR_MODULES))
 class ShrinkFewTuning:
     """How the work is cut up.
 
-    A program reads a tile of ``tile_ranks`` by ``lanes * tile_inputs`` of A at once, all of it in
-    registers. The inputs are split so that there are at most ``max_splits`` partial sums.
+    For one row, a program has ``row_ranks`` by ``row_inputs`` of A in its registers, and the inputs
+    are split so that there are at most ``row_splits`` partial sums. For several rows, a tile of A
+    is ``rows_ranks`` high and read ``rows_inputs`` (in half precision) at a time; the inputs are
+    split in up to ``rows_splits`` parts, as far as that gives more programs something to do.
     """
 
-    tile_ranks: int = 16
-    lanes: int = 4
-    tile_inputs: int = 256
-    tile_rows: int = 16
-    max_splits: int = 16
+    row_ranks: int = 16
+    row_inputs: int = 1024
+    row_splits: int = 16
+    rows_ranks: int = 32
+    rows_inputs: int = 256
+    rows_splits: int = 16
     programs_per_processor: int = 4
     num_warps: int = 4
+    num_stages: int = 3
     max_registers: int | None = 128
 
-    @property
-    def tile_width(self) -> int:
-        """Inputs of a tile."""
-        return self.lanes * self.tile_inputs
-
-    def cut(self, in_features: int) -> tuple[int, int]:
-        """``(num_splits, tiles of each)``."""
-        num_tiles = -(-in_features // self.tile_width)
-        num_chunks = -(-num_tiles // self.max_splits)
+    def cut_row(self, in_features: int) -> tuple[int, int]:
+        """``(num_splits, tiles of each)`` of one row's inputs."""
+        num_tiles = -(-in_features // self.row_inputs)
+        num_chunks = -(-num_tiles // self.row_splits)
         return -(-num_tiles // num_chunks), num_chunks
 
 
@@ -52,30 +57,37 @@ def shrink_few(
     group: GroupShape,
     layer: int,
     max_rows: int,
+    tile_rows: int,
     num_processors: int,
     tuning: ShrinkFewTuning,
     overlaps: bool,
 ) -> None:
     """``x Aᵀ`` of every row of ``units``, for all linears of ``group``, into ``scratch``.
 
-    | tensor  | shape                           | dtype       |
-    |---------|---------------------------------|-------------|
-    | `x`     | `[num_rows, in]`, contiguous    | the model's |
-    | `units` | `[1 + max_units, UNIT_WORDS]`   | int32       |
+    | tensor  | shape                           | dtype                                        |
+    |---------|---------------------------------|----------------------------------------------|
+    | `x`     | `[num_rows, in]`, contiguous    | the model's                                  |
+    | `units` | `[1 + max_units, UNIT_WORDS]`   | int32, see ``list_units``; ``tile_rows`` high |
 
     The grid depends on the sizes of ``units`` and ``group`` alone. ``max_rows`` is how many rows
-    the segments have at most, all together. Sums are fp32, in a fixed order.
+    the segments have at most, all together. Sums are fp32, in an order that depends on the number
+    of units alone.
 
     Where ``overlaps``, the launch may begin before the last one on the stream is done; it waits
     for that with its first look at ``x`` or ``scratch``.
     """
     assert x.is_contiguous() and x.shape[1] == group.in_features, (x.shape, group)
     assert x.dtype == weights.arena.dtype == scratch.shrunk.dtype, x.dtype
-    num_splits, num_chunks = tuning.cut(group.in_features)
+    num_splits, num_chunks = tuning.cut_row(group.in_features)
+    # The stages' tiles have to fit into shared memory in fp32, too.
+    rows_inputs = tuning.rows_inputs * 2 // x.element_size()
     max_tiles = (units.shape[0] - 1) * group.num_modules
-    assert num_splits * max_rows * scratch.columns <= scratch.partial.numel(), num_splits
+    max_splits = max(num_splits, tuning.rows_splits)
+    num_programs = min(max_tiles * max_splits, tuning.programs_per_processor * num_processors)
+    rows_partial = num_splits * max_rows * scratch.columns
+    num_parts = num_programs * tile_rows * tuning.rows_ranks
+    assert rows_partial + num_parts <= scratch.partial.numel(), (rows_partial, num_parts)
     assert max_tiles <= scratch.arrivals.numel(), max_tiles
-    num_programs = min(max_tiles * num_splits, tuning.programs_per_processor * num_processors)
     _shrink_few_kernel[(num_programs,)](
         x,
         weights.arena,
@@ -83,6 +95,7 @@ def shrink_few(
         weights.ranks,
         units,
         scratch.partial,
+        scratch.partial[rows_partial:],
         scratch.shrunk,
         scratch.arrivals,
         layer,
@@ -92,16 +105,17 @@ def shrink_few(
         max_rows,
         IN_FEATURES=group.in_features,
         COLUMNS=scratch.columns,
-        NUM_SPLITS=num_splits,
-        NUM_CHUNKS=num_chunks,
-        TILE_RANKS=tuning.tile_ranks,
-        LANES=tuning.lanes,
-        TILE_INPUTS=tuning.tile_inputs,
-        TILE_ROWS=tuning.tile_rows,
-        IS_RAGGED=group.in_features != num_splits * num_chunks * tuning.tile_width,
+        ROW_RANKS=tuning.row_ranks,
+        ROW_INPUTS=tuning.row_inputs,
+        ROW_SPLITS=num_splits,
+        ROW_CHUNKS=num_chunks,
+        TILE_ROWS=tile_rows,
+        ROWS_RANKS=tuning.rows_ranks,
+        ROWS_INPUTS=rows_inputs,
+        ROWS_SPLITS=tuning.rows_splits,
+        NUM_STAGES=tuning.num_stages,
         OVERLAPS=overlaps,
         num_warps=tuning.num_warps,
-        num_stages=1,
         maxnreg=tuning.max_registers,
         launch_pdl=overlaps,
     )
@@ -114,7 +128,8 @@ def _shrink_few_kernel(
     offsets_ptr,
     ranks_ptr,
     units_ptr,
-    partial_ptr,
+    row_partial_ptr,
+    rows_partial_ptr,
     shrunk_ptr,
     arrivals_ptr,
     layer,
@@ -124,154 +139,219 @@ def _shrink_few_kernel(
     max_rows,
     IN_FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
-    TILE_RANKS: tl.constexpr,
-    LANES: tl.constexpr,
-    TILE_INPUTS: tl.constexpr,
+    ROW_RANKS: tl.constexpr,
+    ROW_INPUTS: tl.constexpr,
+    ROW_SPLITS: tl.constexpr,
+    ROW_CHUNKS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    IS_RAGGED: tl.constexpr,
+    ROWS_RANKS: tl.constexpr,
+    ROWS_INPUTS: tl.constexpr,
+    ROWS_SPLITS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Program by program: a tile of ranks, a split of the inputs, all rows of a segment."""
+    """Program by program: a tile of ranks, a split of the inputs, all rows of a unit."""
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
-    item = tl.program_id(0)
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+
+    item = program
     # The first unit is read before it is known that there are so many: the list has room for it.
-    unit_ptr = units_ptr + (1 + item // NUM_SPLITS // num_modules) * _UNIT_WORDS
+    unit_ptr = units_ptr + (1 + item // ROW_SPLITS // num_modules) * _UNIT_WORDS + _ROW_WORD
     index = tl.load(unit_ptr)
-    first_row = tl.load(unit_ptr + 1)
-    num_rows = tl.load(unit_ptr + 2)
+    row = tl.load(unit_ptr + 1)
     scratch_row = tl.load(unit_ptr + 3)
     unit = tl.load(unit_ptr + 4)
-    num_items = tl.load(units_ptr) * num_modules * NUM_SPLITS
+    num_items = tl.load(units_ptr) * num_modules * ROW_SPLITS
     while item < num_items:
-        tile = item // NUM_SPLITS
-        split = item % NUM_SPLITS
-        first_rank = (unit * num_modules + tile % num_modules) * TILE_RANKS
+        third = item // ROW_SPLITS % num_modules
+        split = item % ROW_SPLITS
+        first_rank = (unit * num_modules + third) * ROW_RANKS
         record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
         num_ranks = tl.load(ranks_ptr + record * 16 + 4)
         a_offset = tl.load(offsets_ptr + record * 8)
 
-        item += tl.num_programs(0)
-        unit_ptr = units_ptr + (1 + item // NUM_SPLITS // num_modules) * _UNIT_WORDS
+        item += num_programs
+        unit_ptr = units_ptr + (1 + item // ROW_SPLITS // num_modules) * _UNIT_WORDS + _ROW_WORD
         more = item < num_items
         index = tl.load(unit_ptr, mask=more, other=0)
-        next_first_row = tl.load(unit_ptr + 1, mask=more, other=0)
-        next_num_rows = tl.load(unit_ptr + 2, mask=more, other=0)
+        next_row = tl.load(unit_ptr + 1, mask=more, other=0)
         next_scratch_row = tl.load(unit_ptr + 3, mask=more, other=0)
         unit = tl.load(unit_ptr + 4, mask=more, other=0)
 
         if first_rank < num_ranks:
-            _shrink_tile(
-                x_ptr + first_row.to(tl.int64) * IN_FEATURES,
+            _shrink_row(
+                x_ptr + row.to(tl.int64) * IN_FEATURES,
                 arena_ptr + tl.multiple_of(a_offset, 32),
-                partial_ptr + scratch_row * COLUMNS,
-                shrunk_ptr + first_row.to(tl.int64) * COLUMNS,
-                arrivals_ptr + tile,
-                num_rows,
+                row_partial_ptr + scratch_row * COLUMNS + split * (max_rows * COLUMNS).to(tl.int64),
                 first_rank,
                 num_ranks,
                 split,
-                (max_rows * COLUMNS).to(tl.int64),
                 IN_FEATURES,
-                COLUMNS,
-                NUM_SPLITS,
-                NUM_CHUNKS,
-                TILE_RANKS,
-                LANES,
-                TILE_INPUTS,
-                TILE_ROWS,
-                IS_RAGGED,
+                ROW_RANKS,
+                ROW_INPUTS,
+                ROW_SPLITS,
+                ROW_CHUNKS,
                 OVERLAPS,
             )
-        first_row = next_first_row
-        num_rows = next_num_rows
+        row = next_row
         scratch_row = next_scratch_row
+
+    num_tiles = tl.load(units_ptr + 1) * num_modules
+    num_splits = tl.minimum(tl.maximum(num_programs // tl.maximum(num_tiles, 1), 1), ROWS_SPLITS)
+    num_items = num_tiles * num_splits
+    # Those that had one row less to do come first.
+    item = num_programs - 1 - program
+    tile = item // num_splits
+    index, first_row, num_rows, unit = _read_rows_unit(
+        units_ptr, tile // num_modules, item < num_items
+    )
+    record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
+    num_ranks = tl.load(ranks_ptr + record * 16 + 4)
+    a_offset = tl.load(offsets_ptr + record * 8)
     if OVERLAPS:
-        # Else a launch without work would let the next one overtake the one before.
+        # Also without work: else the next launch would overtake the one before.
         tl.extra.cuda.gdc_wait()
+    while item < num_items:
+        first_rank = (unit * num_modules + tile % num_modules) * ROWS_RANKS
+        if first_rank < num_ranks:
+            # The compiler keeps no hint to a value that comes from the last turn of a loop.
+            a_offset = a_offset // 32 * 32
+            _shrink_rows(
+                x_ptr + first_row.to(tl.int64) * IN_FEATURES,
+                arena_ptr + a_offset + first_rank * IN_FEATURES,
+                rows_partial_ptr,
+                shrunk_ptr + first_row.to(tl.int64) * COLUMNS + first_rank,
+                arrivals_ptr + tile,
+                num_rows,
+                num_ranks - first_rank,
+                tile,
+                item % num_splits,
+                num_splits,
+                IN_FEATURES,
+                COLUMNS,
+                TILE_ROWS,
+                ROWS_RANKS,
+                ROWS_INPUTS,
+                ROWS_SPLITS,
+                NUM_STAGES,
+            )
+        item += num_programs
+        tile = item // num_splits
+        index, first_row, num_rows, unit = _read_rows_unit(
+            units_ptr, tile // num_modules, item < num_items
+        )
+        record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
+        num_ranks = tl.load(ranks_ptr + record * 16 + 4)
+        a_offset = tl.load(offsets_ptr + record * 8)
 
 
 @triton.jit
-def _shrink_tile(
+def _read_rows_unit(units_ptr, number, exists):
+    unit_ptr = units_ptr + (1 + number) * _UNIT_WORDS + _ROWS_WORD
+    index = tl.load(unit_ptr, mask=exists, other=0)
+    first_row = tl.load(unit_ptr + 1, mask=exists, other=0)
+    num_rows = tl.load(unit_ptr + 2, mask=exists, other=0)
+    unit = tl.load(unit_ptr + 4, mask=exists, other=0)
+    return index, first_row, num_rows, unit
+
+
+@triton.jit
+def _shrink_row(
+    x_ptr,
+    a_ptr,
+    result_ptr,
+    first_rank,
+    num_ranks,
+    split,
+    IN_FEATURES: tl.constexpr,
+    TILE_RANKS: tl.constexpr,
+    TILE_INPUTS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    IS_RAGGED: tl.constexpr = IN_FEATURES != NUM_SPLITS * NUM_CHUNKS * TILE_INPUTS
+    ranks = first_rank + tl.arange(0, TILE_RANKS)
+    inputs = split * (NUM_CHUNKS * TILE_INPUTS) + tl.arange(0, TILE_INPUTS)
+    a = _load_rows(a_ptr, ranks, num_ranks, inputs, IN_FEATURES, IS_RAGGED)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros([TILE_RANKS], tl.float32)
+    for chunk in range(NUM_CHUNKS):
+        if chunk > 0:
+            inputs += TILE_INPUTS
+            a = _load_rows(a_ptr, ranks, num_ranks, inputs, IN_FEATURES, IS_RAGGED)
+        # One row's x as often as A has rows: so it comes as the products want it.
+        every_rank = tl.zeros([TILE_RANKS], tl.int32)
+        x = _load_rows(x_ptr, every_rank, 1, inputs, IN_FEATURES, IS_RAGGED)
+        total += tl.sum(a.to(tl.float32) * x.to(tl.float32), 1)
+    tl.store(result_ptr + ranks, total, mask=ranks < num_ranks)
+
+
+@triton.jit
+def _shrink_rows(
     x_ptr,
     a_ptr,
     partial_ptr,
     shrunk_ptr,
     arrivals_ptr,
     num_rows,
-    first_rank,
     num_ranks,
+    tile,
     split,
-    split_stride,
+    num_splits,
     IN_FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
-    TILE_RANKS: tl.constexpr,
-    LANES: tl.constexpr,
-    TILE_INPUTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    IS_RAGGED: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    TILE_RANKS: tl.constexpr,
+    TILE_INPUTS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    ranks = first_rank + tl.arange(0, TILE_RANKS)
-    # Inputs are [LANES, TILE_INPUTS]: a product's sum over them is cut up among the warps.
-    lanes = tl.arange(0, LANES) * TILE_INPUTS
-    inputs = split * (NUM_CHUNKS * LANES * TILE_INPUTS)
-    inputs += lanes[:, None] + tl.arange(0, TILE_INPUTS)[None, :]
-    a = _load_rows(a_ptr, ranks, num_ranks, inputs, IN_FEATURES, IS_RAGGED)
-    if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
-    if num_rows == 1:
-        total = tl.zeros([TILE_RANKS, TILE_INPUTS], tl.float32)
-        for chunk in range(NUM_CHUNKS):
-            if chunk > 0:
-                inputs += LANES * TILE_INPUTS
-                a = _load_rows(a_ptr, ranks, num_ranks, inputs, IN_FEATURES, IS_RAGGED)
-            # One row's x as often as A has rows: so it comes as the products want it.
-            every_rank = tl.zeros([TILE_RANKS], tl.int32)
-            x = _load_rows(x_ptr, every_rank, 1, inputs, IN_FEATURES, IS_RAGGED)
-            total += tl.sum(a.to(tl.float32) * x.to(tl.float32), 1)
-        result_ptr = partial_ptr + split * split_stride
-        tl.store(result_ptr + ranks, tl.sum(total, 1), mask=ranks < num_ranks)
+    NUM_STEPS: tl.constexpr = (IN_FEATURES + TILE_INPUTS - 1) // TILE_INPUTS
+    rows = tl.arange(0, TILE_ROWS)
+    ranks = tl.arange(0, TILE_RANKS)
+    x_ptrs = x_ptr + rows[:, None] * IN_FEATURES + tl.arange(0, TILE_INPUTS)[None, :]
+    a_ptrs = a_ptr + ranks[:, None] * IN_FEATURES + tl.arange(0, TILE_INPUTS)[None, :]
+    split_steps = tl.cdiv(NUM_STEPS, num_splits)
+    first_step = split * split_steps
+    last_step = tl.minimum(first_step + split_steps, NUM_STEPS)
+    sums = tl.zeros([TILE_ROWS, TILE_RANKS], tl.float32)
+    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+        x_mask = (rows < num_rows)[:, None]
+        a_mask = (ranks < num_ranks)[:, None]
+        if IN_FEATURES % TILE_INPUTS != 0:
+            is_input = (step * TILE_INPUTS + tl.arange(0, TILE_INPUTS) < IN_FEATURES)[None, :]
+            x_mask = x_mask & is_input
+            a_mask = a_mask & is_input
+        x = tl.load(x_ptrs + step * TILE_INPUTS, mask=x_mask, other=0.0)
+        a = tl.load(a_ptrs + step * TILE_INPUTS, mask=a_mask, other=0.0)
+        sums = tl.dot(x, tl.trans(a), sums, input_precision="ieee")
+
+    shrunk_ptrs = shrunk_ptr + rows[:, None] * COLUMNS + ranks[None, :]
+    mask = (rows < num_rows)[:, None] & (ranks < num_ranks)[None, :]
+    if num_splits == 1:
+        tl.store(shrunk_ptrs, sums.to(shrunk_ptr.dtype.element_ty), mask)
     else:
-        for row in range(0, num_rows, TILE_ROWS):
-            rows = row + tl.arange(0, TILE_ROWS)
-            sums = tl.zeros([LANES, TILE_ROWS, TILE_RANKS], tl.float32)
-            for chunk in range(NUM_CHUNKS):
-                chunk_inputs = inputs + chunk * (LANES * TILE_INPUTS)
-                if chunk > 0 or (NUM_CHUNKS > 1 and row > 0):
-                    a = _load_rows(a_ptr, ranks, num_ranks, chunk_inputs, IN_FEATURES, IS_RAGGED)
-                x = _load_rows(x_ptr, rows, num_rows, chunk_inputs, IN_FEATURES, IS_RAGGED)
-                right = tl.permute(a, (1, 2, 0))
-                sums = tl.dot(tl.permute(x, (1, 0, 2)), right, sums, input_precision="ieee")
-            total = tl.sum(sums, 0)
-            offsets = rows[:, None] * COLUMNS + ranks[None, :]
-            mask = (rows < num_rows)[:, None] & (ranks < num_ranks)[None, :]
-            if NUM_SPLITS == 1:
-                tl.store(shrunk_ptr + offsets, total.to(shrunk_ptr.dtype.element_ty), mask)
-            else:
-                tl.store(partial_ptr + split * split_stride + offsets, total, mask)
-        if NUM_SPLITS > 1:  # noqa: SIM102 (decided when it is compiled)
-            if is_last_arrival(arrivals_ptr, NUM_SPLITS):
-                for row in range(0, num_rows, TILE_ROWS):
-                    rows = row + tl.arange(0, TILE_ROWS)
-                    offsets = rows[:, None] * COLUMNS + ranks[None, :]
-                    mask = (rows < num_rows)[:, None] & (ranks < num_ranks)[None, :]
-                    total = tl.zeros([TILE_ROWS, TILE_RANKS], tl.float32)
-                    # All parts are on their way at once.
-                    for other in tl.static_range(NUM_SPLITS):
-                        total += load_part(partial_ptr + other * split_stride + offsets, mask)
-                    tl.store(shrunk_ptr + offsets, total.to(shrunk_ptr.dtype.element_ty), mask)
+        PART: tl.constexpr = TILE_ROWS * TILE_RANKS
+        part_ptrs = partial_ptr + tile * num_splits * PART
+        part_ptrs += rows[:, None] * TILE_RANKS + ranks[None, :]
+        tl.store(part_ptrs + split * PART, sums, mask)
+        if is_last_arrival(arrivals_ptr, num_splits):
+            total = tl.zeros([TILE_ROWS, TILE_RANKS], tl.float32)
+            # All parts are on their way at once.
+            for other in tl.static_range(MAX_SPLITS):
+                is_part = (rows < tl.where(other < num_splits, num_rows, 0))[:, None]
+                total += load_part(part_ptrs + other * PART, mask & is_part)
+            tl.store(shrunk_ptrs, total.to(shrunk_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def _load_rows(ptr, rows, num_rows, inputs, IN_FEATURES: tl.constexpr, IS_RAGGED: tl.constexpr):
-    """``[rows, lanes, inputs]`` of a matrix, zeros outside of it."""
-    mask = (rows < num_rows)[:, None, None]
+    """``[rows, inputs]`` of a matrix, zeros outside of it."""
+    mask = (rows < num_rows)[:, None]
     if IS_RAGGED:
-        mask = mask & (inputs < IN_FEATURES)[None, :, :]
-    ptrs = ptr + rows[:, None, None] * IN_FEATURES + inputs[None, :, :]
-    return tl.load(ptrs, mask=mask, other=0.0)
+        mask = mask & (inputs < IN_FEATURES)[None, :]
+    return tl.load(ptr + rows[:, None] * IN_FEATURES + inputs[None, :], mask=mask, other=0.0)

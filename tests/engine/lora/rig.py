@@ -51,8 +51,10 @@ GPU_SIZES: Sizes = {
 CPU_TUNING = LoraTuning(
     max_few_rows=20,
     max_small_rows=48,
-    shrink_few=ShrinkFewTuning(tile_ranks=64, lanes=2, tile_inputs=16, max_splits=3),
-    expand_few=ExpandFewTuning(columns=(64, 64, 64)),
+    shrink_few=ShrinkFewTuning(
+        row_ranks=64, row_inputs=32, row_splits=3, rows_ranks=64, rows_inputs=32
+    ),
+    expand_few=ExpandFewTuning(columns=(64, 64, 64, 64, 64, 64)),
     shrink_many=ShrinkManyTuning(tile_rows=32, max_ranks=256, narrow=(32, 4, 1), wide=(32, 4, 1)),
     expand_many=ExpandManyTuning(tile_columns=64),
 )

@@ -3,10 +3,10 @@
 import random
 from collections import Counter
 
-import numpy as np
-
 from engine.lora.work import (
     EXPAND_WORD,
+    SHRINK_ROW_WORD,
+    SHRINK_ROWS_WORD,
     UNIT_WORDS,
     RowSegment,
     UnitShape,
@@ -14,51 +14,88 @@ from engine.lora.work import (
     list_units,
 )
 
-SHAPE = UnitShape(tile_ranks=16, ranks=(16, 64, 256), columns=(512, 256, 64))
+SHAPE = UnitShape(
+    max_rows=16,
+    row_ranks=16,
+    rows_ranks=32,
+    ranks=(16, 64, 256),
+    columns=(512, 128, 32, 256, 128, 64),
+)
+KINDS = (SHRINK_ROW_WORD, SHRINK_ROWS_WORD, EXPAND_WORD)
 
 
-def listed(segments: list[RowSegment]) -> tuple[list[list[int]], list[list[int]]]:
-    """Shrink and expand units."""
-    out = np.full((1 + SHAPE.max_units(len(segments)), UNIT_WORDS), -7, np.int32)
-    used = list_units(segments, SHAPE, out)
-    num_shrink, num_expand = out[0, :2].tolist()
-    assert used == 1 + max(num_shrink, num_expand)
-    assert (out[used:] == -7).all()
-    shrink = out[1 : 1 + num_shrink, :5].tolist()
-    expand = out[1 : 1 + num_expand, EXPAND_WORD : EXPAND_WORD + 6].tolist()
-    return shrink, expand
+def listed(segments: list[RowSegment]) -> tuple[list[list[int]], ...]:
+    """Units that shrink one row, that shrink several, and that expand."""
+    table = list_units(segments, SHAPE)
+    counts = table[0, :3].tolist()
+    assert table.shape == (1 + max(counts), UNIT_WORDS)
+    units = []
+    for count, word in zip(counts, KINDS, strict=True):
+        units.append(table[1 : 1 + count, word : word + 6].tolist())
+        assert not table[1 + count :, word : word + 8].any()
+    return tuple(units)
 
 
-def test_units_of_one_segment() -> None:
-    shrink, expand = listed([RowSegment(index=5, max_rank=40, start=7, stop=10)])
-    assert shrink == [[5, 7, 3, 0, 0], [5, 7, 3, 0, 1], [5, 7, 3, 0, 2]]
-    assert expand == [[5, 7, 3, 0, 0, 1], [5, 7, 3, 0, 1, 1]]
+def test_units_of_one_row() -> None:
+    row, rows, expand = listed([RowSegment(index=5, max_rank=40, start=7, stop=8)])
+    assert row == [[5, 7, 1, 0, 0, 1], [5, 7, 1, 0, 1, 1], [5, 7, 1, 0, 2, 1]]
+    assert rows == []
+    assert expand == [[5, 7, 1, 0, unit, 1] for unit in range(4)]
+
+
+def test_units_of_several_rows() -> None:
+    row, rows, expand = listed([RowSegment(index=5, max_rank=40, start=7, stop=24)])
+    assert row == []
+    assert [unit[:3] + unit[4:] for unit in rows] == [
+        [5, 7, 16, 0, 4],
+        [5, 7, 16, 1, 4],
+        [5, 23, 1, 0, 4],
+        [5, 23, 1, 1, 4],
+    ]
+    assert [unit[:3] + unit[4:] for unit in expand] == [
+        [5, start, count, unit, 4] for start, count in ((7, 16), (23, 1)) for unit in range(4)
+    ]
 
 
 def test_no_segments_make_no_units() -> None:
-    assert listed([]) == ([], [])
+    assert listed([]) == ([], [], [])
 
 
-def test_every_rank_and_column_of_every_segment_is_in_one_unit(rng: random.Random) -> None:
+def test_every_rank_and_column_of_every_row_is_in_one_unit(rng: random.Random) -> None:
     segments = []
     start = 3
     for index in range(rng.randint(1, 60)):
-        stop = start + rng.randint(1, 9)
+        stop = start + rng.choice([1, 1, 2, rng.randint(1, 40)])
         segments.append(RowSegment(index, 8 * rng.randint(1, 32), start, stop))
         start = stop + rng.randint(0, 2)
-    shrink, expand = listed(segments)
-    scratch_row = 0
+    num_rows = sum(segment.num_rows for segment in segments)
+    kinds = listed(segments)
+    assert all(len(units) <= SHAPE.max_units(num_rows) for units in kinds)
+    num_alone = 0
     for segment in segments:
-        words = [segment.index, segment.start, segment.num_rows, scratch_row]
-        scratch_row += segment.num_rows
-        tiles = [unit[4] for unit in shrink if unit[:4] == words]
-        assert tiles == list(range(len(tiles)))
-        assert len(tiles) * SHAPE.tile_ranks >= segment.max_rank
-        units = [unit[4:] for unit in expand if unit[:4] == words]
-        variant = units[0][1]
-        assert units == [[unit, variant] for unit in range(512 // SHAPE.columns[variant])]
-        assert SHAPE.ranks[variant] >= segment.max_rank
-    assert Counter(unit[0] for unit in shrink).keys() == {each.index for each in segments}
+        is_alone = segment.num_rows == 1
+        covered = [
+            Counter(
+                (row, unit)
+                for index, first_row, count, _, unit, _ in units
+                if index == segment.index
+                for row in range(first_row, first_row + count)
+            )
+            for units in kinds
+        ]
+        rows = range(segment.start, segment.stop)
+        shrink_units = -(-segment.max_rank // (16 if is_alone else 32))
+        every_shrink = {(row, unit): 1 for row in rows for unit in range(shrink_units)}
+        assert covered[0] == (every_shrink if is_alone else {})
+        assert covered[1] == ({} if is_alone else every_shrink)
+        variant = next(unit[5] for unit in kinds[2] if unit[0] == segment.index)
+        assert SHAPE.ranks[variant % 3] >= segment.max_rank and (variant < 3) == is_alone
+        expand_units = range(512 // SHAPE.columns[variant])
+        assert covered[2] == {(row, unit): 1 for row in rows for unit in expand_units}
+        if is_alone:
+            of_segment = [unit for unit in kinds[0] + kinds[2] if unit[0] == segment.index]
+            assert {unit[3] for unit in of_segment} == {num_alone}
+            num_alone += 1
 
 
 def test_tiles_cover_each_row_of_large_segments_once(rng: random.Random) -> None:
