@@ -65,18 +65,18 @@ PREFILL_RANKS = (16, 256)
 DEFAULT = LoraTuning()
 SHRINKS = (
     ShrinkFewTuning(row_inputs=512),
-    ShrinkFewTuning(row_ranks=8),
+    ShrinkFewTuning(rows_fill=4.0),
+    ShrinkFewTuning(rows_fill=1.0),
     ShrinkFewTuning(rows_ranks=16, num_stages=4),
+    ShrinkFewTuning(rows_inputs=128, num_stages=5),
     ShrinkFewTuning(rows_ranks=64, rows_inputs=128, num_stages=4, programs_per_processor=3),
-    ShrinkFewTuning(rows_inputs=128, num_stages=4, max_registers=None),
-    ShrinkFewTuning(num_stages=5, programs_per_processor=2),
 )
 EXPANDS = (
-    ExpandFewTuning(columns=(512, 128, 32, 256, 64, 32)),
-    ExpandFewTuning(columns=(512, 128, 32, 128, 128, 64)),
-    ExpandFewTuning(columns=(1024, 256, 64, 128, 64, 32), programs_per_processor=3),
-    ExpandFewTuning(columns=(256, 64, 16, 128, 64, 16)),
-    ExpandFewTuning(columns=(512, 128, 32, 256, 64, 32), num_warps=8, max_registers=80),
+    ExpandFewTuning(columns=(512, 128, 32, 256, 128, 64)),
+    ExpandFewTuning(columns=(512, 128, 32, 128, 64, 32)),
+    ExpandFewTuning(columns=(512, 128, 32, 256, 128, 128)),
+    ExpandFewTuning(columns=(1024, 256, 64, 128, 128, 64)),
+    ExpandFewTuning(columns=(512, 128, 32, 128, 128, 64), programs_per_processor=8),
 )
 SHRINKS_OF_MANY = (
     ShrinkManyTuning(narrow=(64, 4, 4), wide=(64, 8, 3)),

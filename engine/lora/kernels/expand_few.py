@@ -24,7 +24,7 @@ class ExpandFewTuning:
     """
 
     ranks: tuple[int, int, int] = (16, 64, 256)
-    columns: tuple[int, int, int, int, int, int] = (512, 128, 32, 128, 64, 32)
+    columns: tuple[int, int, int, int, int, int] = (512, 128, 32, 128, 128, 64)
     programs_per_processor: int = 4
     num_warps: int = 4
     max_registers: int | None = 128

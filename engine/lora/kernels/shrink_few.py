@@ -28,7 +28,8 @@ class ShrinkFewTuning:
     For one row, a program has ``row_ranks`` by ``row_inputs`` of A in its registers, and the inputs
     are split so that there are at most ``row_splits`` partial sums. For several rows, a tile of A
     is ``rows_ranks`` high and read ``rows_inputs`` (in half precision) at a time; the inputs are
-    split in up to ``rows_splits`` parts, as far as that gives more programs something to do.
+    split in up to ``rows_splits`` parts, until ``rows_fill`` of the multiprocessors have a tile:
+    adding up the parts costs as much as reading some hundred kilobytes.
     """
 
     row_ranks: int = 16
@@ -37,6 +38,7 @@ class ShrinkFewTuning:
     rows_ranks: int = 32
     rows_inputs: int = 256
     rows_splits: int = 16
+    rows_fill: float = 2.0
     programs_per_processor: int = 4
     num_warps: int = 4
     num_stages: int = 3
@@ -100,9 +102,11 @@ def shrink_few(
         scratch.arrivals,
         layer,
         weights.offsets.shape[1],
+        weights.offsets.shape[0] * weights.offsets.shape[1] * len(LINEAR_MODULES),
         group.first_module,
         group.num_modules,
         max_rows,
+        min(num_programs, round(tuning.rows_fill * num_processors)),
         IN_FEATURES=group.in_features,
         COLUMNS=scratch.columns,
         ROW_RANKS=tuning.row_ranks,
@@ -121,7 +125,17 @@ def shrink_few(
     )
 
 
-@triton.jit(do_not_specialize=["layer", "num_layers", "first_module", "num_modules", "max_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "layer",
+        "num_layers",
+        "num_records",
+        "first_module",
+        "num_modules",
+        "max_rows",
+        "num_filled",
+    ]
+)
 def _shrink_few_kernel(
     x_ptr,
     arena_ptr,
@@ -134,9 +148,11 @@ def _shrink_few_kernel(
     arrivals_ptr,
     layer,
     num_layers,
+    num_records,
     first_module,
     num_modules,
     max_rows,
+    num_filled,
     IN_FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW_RANKS: tl.constexpr,
@@ -171,6 +187,8 @@ def _shrink_few_kernel(
         record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
         num_ranks = tl.load(ranks_ptr + record * 16 + 4)
         a_offset = tl.load(offsets_ptr + record * 8)
+        if OVERLAPS:
+            _prefetch_records(offsets_ptr, record + num_modules, num_records)
 
         item += num_programs
         unit_ptr = units_ptr + (1 + item // ROW_SPLITS // num_modules) * _UNIT_WORDS + _ROW_WORD
@@ -199,7 +217,7 @@ def _shrink_few_kernel(
         scratch_row = next_scratch_row
 
     num_tiles = tl.load(units_ptr + 1) * num_modules
-    num_splits = tl.minimum(tl.maximum(num_programs // tl.maximum(num_tiles, 1), 1), ROWS_SPLITS)
+    num_splits = tl.minimum(tl.maximum(num_filled // tl.maximum(num_tiles, 1), 1), ROWS_SPLITS)
     num_items = num_tiles * num_splits
     # Those that had one row less to do come first.
     item = num_programs - 1 - program
@@ -214,6 +232,8 @@ def _shrink_few_kernel(
         # Also without work: else the next launch would overtake the one before.
         tl.extra.cuda.gdc_wait()
     while item < num_items:
+        if OVERLAPS:
+            _prefetch_records(offsets_ptr, record + num_modules, num_records)
         first_rank = (unit * num_modules + tile % num_modules) * ROWS_RANKS
         if first_rank < num_ranks:
             # The compiler keeps no hint to a value that comes from the last turn of a loop.
@@ -346,6 +366,20 @@ def _shrink_rows(
                 is_part = (rows < tl.where(other < num_splits, num_rows, 0))[:, None]
                 total += load_part(part_ptrs + other * PART, mask & is_part)
             tl.store(shrunk_ptrs, total.to(shrunk_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _prefetch_records(records_ptr, first_record, num_records):
+    """Asks for the records of the next projection: nobody has read them since the last step."""
+    records = first_record + tl.arange(0, 4)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [(records_ptr + records * 8).to(tl.int64), (records < num_records).to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
