@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from engine.batch import DeviceBatch, FlatBatch
 from engine.device import Device
 from engine.kv_cache import KvCache, KvDestination
+from engine.models.ops import DecoderOps
 
 # A group of decodes is padded to at most this many times its shortest context.
 _MAX_PADDING = 2
@@ -38,6 +39,20 @@ class AttentionStep(Protocol):
 
         ``query`` is ``[num_tokens, num_heads, head_dim]``, ``key`` and ``value``
         ``[num_tokens, num_kv_heads, head_dim]``; the result has the shape of ``query``, contiguous.
+        """
+        ...
+
+    def attend_projected(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        rotation: Tensor,
+        ops: DecoderOps,
+    ) -> Tensor:
+        """``attend`` of what ``ops.rotate_and_store`` makes of the other arguments, in one go.
+
+        Keys and values are stored at ``destination(layer)``; ``qkv`` may be overwritten.
         """
         ...
 
@@ -162,6 +177,17 @@ class _PagedStep:
 
     def destination(self, layer: int) -> KvDestination:
         return self._cache.destination(layer, self._slot_mapping)
+
+    def attend_projected(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        rotation: Tensor,
+        ops: DecoderOps,
+    ) -> Tensor:
+        heads = ops.rotate_and_store(qkv, norms, rotation, self.destination(layer))
+        return self.attend(layer, *heads)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys = self._cache.keys_by_slot[layer]

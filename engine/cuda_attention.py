@@ -9,10 +9,15 @@ from torch import Tensor
 
 from engine.attention import AttentionStep, PagedAttention
 from engine.batch import DeviceBatch, FlatBatch
+from engine.cuda_ops import split_heads
 from engine.device import CudaDevice, Device
 from engine.kernels.causal_varlen import causal_varlen
-from engine.kernels.paged_decode import DecodeWorkspace, paged_decode
+from engine.kernels.decode_workspace import DecodeWorkspace
+from engine.kernels.head_rotation import HeadRotation
+from engine.kernels.overlap import may_overlap
+from engine.kernels.paged_decode import paged_decode
 from engine.kv_cache import KvCache, KvDestination
+from engine.models.ops import DecoderOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +119,10 @@ class CudaAttention:
 def open_cuda_attention(cache: KvCache, device: CudaDevice, num_heads: int) -> CudaAttention:
     """Attention over ``cache``, with a workspace of its own for the forward stream."""
     num_kv_heads, head_dim = cache.keys[0].shape[2:]
-    processors = torch.cuda.get_device_properties(device.torch_device).multi_processor_count
-    workspace = DecodeWorkspace(num_heads, num_kv_heads, head_dim, processors, device.torch_device)
+    on = device.torch_device
+    processors = torch.cuda.get_device_properties(on).multi_processor_count
+    overlaps = may_overlap(on)
+    workspace = DecodeWorkspace(num_heads, num_kv_heads, head_dim, processors, on, overlaps)
     # The forward stream does not wait for the one that the workspace was filled on.
     device.synchronize()
     return CudaAttention(cache, device, workspace)
@@ -139,24 +146,57 @@ class _CudaStep:
     def destination(self, layer: int) -> KvDestination:
         return self._cache.destination(layer, self._slot_mapping)
 
+    def attend_projected(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        rotation: Tensor,
+        ops: DecoderOps,
+    ) -> Tensor:
+        destination = self.destination(layer)
+        if self._prefills is not None or self._decodes is None:
+            return self.attend(layer, *ops.rotate_and_store(qkv, norms, rotation, destination))
+        # Each row is one sequence's new token: one launch does all of it.
+        query, key, value = split_heads(qkv, destination)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        turn = HeadRotation(rotation, norms, ops.rms_norm_eps, self._slot_mapping)
+        self._decode(self._decodes, layer, out, query, key, value, turn)
+        return out
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._prefills is None:
             out = torch.empty_like(query, memory_format=torch.contiguous_format)
         else:
             out = self._prefill(self._prefills, layer, query, key, value)
         if self._decodes is not None:
-            paged_decode(
-                out,
-                query,
-                self._cache.keys[layer],
-                self._cache.values[layer],
-                self._decodes.block_tables,
-                self._decodes.context_lens,
-                self._decodes.max_context,
-                self._workspace,
-                self._decodes.rows,
-            )
+            self._decode(self._decodes, layer, out, query, key, value, None)
         return out
+
+    def _decode(
+        self,
+        decodes: _Decodes,
+        layer: int,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotation: HeadRotation | None,
+    ) -> None:
+        paged_decode(
+            out,
+            query,
+            key,
+            value,
+            self._cache.keys[layer],
+            self._cache.values[layer],
+            decodes.block_tables,
+            decodes.context_lens,
+            decodes.max_context,
+            self._workspace,
+            decodes.rows,
+            rotation,
+        )
 
     def _prefill(
         self, prefills: _Prefills, layer: int, query: Tensor, key: Tensor, value: Tensor

@@ -1,7 +1,10 @@
 """The decoder's elementwise operations as Triton kernels."""
 
+import torch
 from torch import Tensor
 
+from engine.kernels.head_rotation import HeadRotation
+from engine.kernels.overlap import may_overlap
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope_kv import rope_kv
 from engine.kernels.silu_mul import silu_mul
@@ -14,14 +17,19 @@ class FusedOps:
     A token whose slot is negative is not stored.
     """
 
-    def __init__(self, rms_norm_eps: float) -> None:
+    def __init__(self, rms_norm_eps: float, device: torch.device) -> None:
         self._eps = rms_norm_eps
+        self._overlaps = may_overlap(device)
+
+    @property
+    def rms_norm_eps(self) -> float:
+        return self._eps
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, self._eps)
+        return rms_norm(x, weight, self._eps, self._overlaps)
 
     def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return add_rms_norm(residual, x, weight, self._eps)
+        return add_rms_norm(residual, x, weight, self._eps, self._overlaps)
 
     def rotate_and_store(
         self,
@@ -30,13 +38,18 @@ class FusedOps:
         rotation: Tensor,
         destination: KvDestination,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values, slots = destination.keys, destination.values, destination.slots
-        rope_kv(qkv, rotation, norms, self._eps, keys, values, slots)
-        num_kv_heads, head_dim = keys.shape[1:]
-        heads = qkv.view(qkv.shape[0], -1, head_dim)
-        num_heads = heads.shape[1] - 2 * num_kv_heads
-        query, key, value = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=1)
-        return query, key, value
+        turn = HeadRotation(rotation, norms, self._eps, destination.slots)
+        rope_kv(qkv, turn, destination.keys, destination.values, self._overlaps)
+        return split_heads(qkv, destination)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return silu_mul(gate_up)
+        return silu_mul(gate_up, self._overlaps)
+
+
+def split_heads(qkv: Tensor, destination: KvDestination) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of a projection's queries, keys and values, ``[num_tokens, heads, head_dim]`` each."""
+    num_kv_heads, head_dim = destination.keys.shape[1:]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    query, key, value = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    return query, key, value

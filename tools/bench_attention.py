@@ -2,7 +2,9 @@
 
 Every launch is one of 32 in a CUDA graph, as many as an 8B model has layers, at that model's shape
 (32 query heads, 8 KV heads, head size 128, hidden 4096, inner 14336, bf16). Bytes are what has to
-be read and written once; the rate is over that of a large device copy taken in the same run.
+be read and written once; the rate is over that of a large device copy taken in the same run. A
+decode rotates and stores its new tokens as well. Where the GPU lets a launch begin before the one
+before it has ended, everything is measured with that and, for comparison, without.
 
     python -m tools.bench_attention --out attention.json [--sweep]
 """
@@ -22,7 +24,10 @@ import triton
 from torch import Tensor
 
 from engine.kernels.causal_varlen import causal_varlen
-from engine.kernels.paged_decode import DecodeTuning, DecodeWorkspace, paged_decode
+from engine.kernels.decode_workspace import DecodeTuning, DecodeWorkspace
+from engine.kernels.head_rotation import HeadRotation
+from engine.kernels.overlap import may_overlap
+from engine.kernels.paged_decode import paged_decode
 from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.rope_kv import rope_kv
 from engine.kernels.silu_mul import silu_mul
@@ -49,10 +54,11 @@ _FLUSH_BYTES = 512 << 20
 _NUM_REPEATS = 15
 
 _SWEEP = {
-    "tile_tokens": (32, 64, 128),
-    "num_stages": (1, 3, 5),
+    "first_tokens": (64, 128),
+    "tile_tokens": (32, 64),
+    "num_stages": (3, 5, 7),
     "num_warps": (4, 8),
-    "programs_per_processor": (2, 4),
+    "programs_per_processor": (2, 3),
     "min_split_tokens": (128, 256),
 }
 
@@ -113,7 +119,9 @@ class DecodeBench:
         properties = torch.cuda.get_device_properties(0)
         self._num_processors = properties.multi_processor_count
 
-    def measure(self, batch: int, context: int, tuning: DecodeTuning | None = None) -> float:
+    def measure(
+        self, batch: int, context: int, overlaps: bool, tuning: DecodeTuning | None = None
+    ) -> float:
         """Seconds a layer; each layer has its own pages, in a random order, where room is."""
         workspace = DecodeWorkspace(
             _NUM_HEADS,
@@ -121,6 +129,7 @@ class DecodeBench:
             _HEAD_DIM,
             self._num_processors,
             self._pool.device,
+            overlaps,
             tuning,
         )
         blocks_a_sequence = -(-context // _BLOCK_SIZE)
@@ -133,23 +142,51 @@ class DecodeBench:
             torch.randperm(num_blocks, device="cuda").view(batch, -1) for _ in range(num_layers)
         ]
         context_lens = torch.full((batch,), context, device="cuda")
-        query = torch.randn(batch, _NUM_HEADS, _HEAD_DIM, device="cuda").to(_DTYPE)
-        out = torch.empty_like(query)
+        heads = torch.randn(batch, _NUM_HEADS + 2 * _NUM_KV_HEADS, _HEAD_DIM, device="cuda")
+        query, key, value = heads.to(_DTYPE).split_with_sizes(
+            (_NUM_HEADS, _NUM_KV_HEADS, _NUM_KV_HEADS), dim=1
+        )
+        out = torch.empty(batch, _NUM_HEADS, _HEAD_DIM, dtype=_DTYPE, device="cuda")
+        turns = [random_rotation(own_slots(table, context)) for table in tables]
 
         def launch(layer: int) -> None:
             keys, values = layers[layer % num_layers].unbind(0)
-            table = tables[layer % num_layers]
-            paged_decode(out, query, keys, values, table, context_lens, context, workspace)
+            paged_decode(
+                out,
+                query,
+                key,
+                value,
+                keys,
+                values,
+                tables[layer % num_layers],
+                context_lens,
+                context,
+                workspace,
+                rotation=turns[layer % num_layers],
+            )
 
         return self._clock.seconds_a_layer(launch)
 
 
+def own_slots(table: Tensor, context: int) -> Tensor:
+    """Where the last token of each sequence belongs, by its block ``table`` ``[batch, blocks]``."""
+    return table[:, -1] * _BLOCK_SIZE + (context - 1) % _BLOCK_SIZE
+
+
+def random_rotation(slots: Tensor) -> HeadRotation:
+    rotation = torch.randn(len(slots), 2, _HEAD_DIM // 2, device="cuda")
+    return HeadRotation(rotation, None, 1e-5, slots)
+
+
 def decode_bytes(batch: int, context: int) -> int:
+    """Cached tokens and the new one; queries and results."""
     values = context * _KV_VALUES_PER_TOKEN + 2 * _NUM_HEADS * _HEAD_DIM
     return batch * values * _DTYPE.itemsize
 
 
-def fused_kernels(num_tokens: int) -> dict[str, tuple[Callable[[int], object], int]]:
+def fused_kernels(
+    num_tokens: int, overlaps: bool
+) -> dict[str, tuple[Callable[[int], object], int]]:
     """By name: the launch, and the values that it has to read and write, in bytes."""
 
     def random(*shape: int) -> Tensor:
@@ -161,20 +198,20 @@ def fused_kernels(num_tokens: int) -> dict[str, tuple[Callable[[int], object], i
     qkv = random(num_tokens, _NUM_HEADS * _HEAD_DIM + num_kv)
     keys, values = random(2, num_tokens, _NUM_KV_HEADS, _HEAD_DIM).unbind(0)
     slots = torch.randperm(num_tokens, device="cuda")
-    rotation = torch.randn(num_tokens, 2, _HEAD_DIM // 2, device="cuda")
+    turn = random_rotation(slots)
     # Queries, keys and values are read; queries and keys are written back, keys and values stored.
     rope_values = 2 * qkv.shape[1] + num_kv // 2
     return {
         "add_rms_norm": (
-            lambda layer: add_rms_norm(residual, x, weight, 1e-5),
+            lambda layer: add_rms_norm(residual, x, weight, 1e-5, overlaps),
             4 * num_tokens * _HIDDEN * _DTYPE.itemsize,
         ),
         "silu_mul": (
-            lambda layer: silu_mul(gate_up),
+            lambda layer: silu_mul(gate_up, overlaps),
             3 * num_tokens * _INNER * _DTYPE.itemsize,
         ),
         "rope_kv": (
-            lambda layer: rope_kv(qkv, rotation, None, 1e-5, keys, values, slots),
+            lambda layer: rope_kv(qkv, turn, keys, values, overlaps),
             num_tokens * (rope_values * _DTYPE.itemsize + _HEAD_DIM * 4),
         ),
     }
@@ -205,46 +242,46 @@ def measure_prefill(clock: Clock) -> dict[str, Any]:
 def measure_decodes(bench: DecodeBench, copy_bytes_per_s: float) -> list[dict[str, Any]]:
     results = []
     for batch, context in itertools.product(_BATCHES, _CONTEXTS):
-        seconds = bench.measure(batch, context)
-        bytes_per_s = decode_bytes(batch, context) / seconds
-        results.append(
-            {
-                "batch": batch,
-                "context": context,
-                "us_a_layer": seconds * 1e6,
-                "bytes_per_s": bytes_per_s,
-                "over_copy": bytes_per_s / copy_bytes_per_s,
-            }
-        )
+        num_bytes = decode_bytes(batch, context)
+        for overlaps in overlap_choices():
+            seconds = bench.measure(batch, context, overlaps)
+            result = {"batch": batch, "context": context, "overlaps": overlaps}
+            results.append(result | rates(seconds, num_bytes, copy_bytes_per_s))
     return results
 
 
 def measure_fused(clock: Clock, copy_bytes_per_s: float) -> list[dict[str, Any]]:
     results = []
-    for num_tokens in _NUM_TOKENS:
-        for name, (launch, num_bytes) in fused_kernels(num_tokens).items():
+    for num_tokens, overlaps in itertools.product(_NUM_TOKENS, overlap_choices()):
+        for name, (launch, num_bytes) in fused_kernels(num_tokens, overlaps).items():
             seconds = clock.seconds_a_layer(launch)
-            results.append(
-                {
-                    "kernel": name,
-                    "num_tokens": num_tokens,
-                    "us_a_layer": seconds * 1e6,
-                    "bytes_per_s": num_bytes / seconds,
-                    "over_copy": num_bytes / seconds / copy_bytes_per_s,
-                }
-            )
+            result = {"kernel": name, "num_tokens": num_tokens, "overlaps": overlaps}
+            results.append(result | rates(seconds, num_bytes, copy_bytes_per_s))
     return results
+
+
+def overlap_choices() -> tuple[bool, ...]:
+    return (False, True) if may_overlap(torch.device("cuda")) else (False,)
+
+
+def rates(seconds: float, num_bytes: int, copy_bytes_per_s: float) -> dict[str, float]:
+    return {
+        "us_a_layer": seconds * 1e6,
+        "bytes_per_s": num_bytes / seconds,
+        "over_copy": num_bytes / seconds / copy_bytes_per_s,
+    }
 
 
 def sweep(bench: DecodeBench) -> list[dict[str, Any]]:
     """Every tuning at every batch and context, but for those that the GPU has no room for."""
     results = []
+    overlaps = overlap_choices()[-1]
     for choice in itertools.product(*_SWEEP.values()):
         chosen = dict(zip(_SWEEP, choice, strict=True))
         tuning = DecodeTuning(**chosen)
         try:
             for batch, context in itertools.product(_BATCHES, _CONTEXTS):
-                microseconds = bench.measure(batch, context, tuning) * 1e6
+                microseconds = bench.measure(batch, context, overlaps, tuning) * 1e6
                 point = {"batch": batch, "context": context, "us_a_layer": microseconds}
                 results.append(chosen | point)
         except triton.runtime.errors.OutOfResources as error:
@@ -275,20 +312,24 @@ def print_sweep(results: list[dict[str, Any]]) -> None:
 def print_table(report: dict[str, Any]) -> None:
     copy, node = report["copy_bytes_per_s"] / 1e12, report["us_an_empty_node"]
     print(f"{report['device']}: copy {copy:.2f} TB/s, an empty node of a graph {node:.2f} us")
-    print(f"{'launch':<28} {'us a layer':>10} {'TB/s':>6} {'over copy':>9}")
+    print(f"{'launch':<34} {'us a layer':>10} {'TB/s':>6} {'over copy':>9}")
     for row in report["decode"]:
-        name = f"decode {row['batch']} x {row['context']}"
+        name = f"decode {row['batch']} x {row['context']}{_mode(row)}"
         print(_table_row(name, row))
     for row in report["fused"]:
-        print(_table_row(f"{row['kernel']} {row['num_tokens']}", row))
+        print(_table_row(f"{row['kernel']} {row['num_tokens']}{_mode(row)}", row))
     prefill = report["prefill"]
     name = f"prefill {prefill['num_sequences']} x {prefill['length']}"
-    print(f"{name:<28} {prefill['us_a_layer']:>10.1f} {prefill['tflops_per_s']:>6.0f} TFLOP/s")
+    print(f"{name:<34} {prefill['us_a_layer']:>10.1f} {prefill['tflops_per_s']:>6.0f} TFLOP/s")
+
+
+def _mode(row: dict[str, Any]) -> str:
+    return ", overlapping" if row["overlaps"] else ""
 
 
 def _table_row(name: str, row: dict[str, Any]) -> str:
     rate = row["bytes_per_s"] / 1e12
-    return f"{name:<28} {row['us_a_layer']:>10.2f} {rate:>6.2f} {row['over_copy']:>9.2f}"
+    return f"{name:<34} {row['us_a_layer']:>10.2f} {rate:>6.2f} {row['over_copy']:>9.2f}"
 
 
 def main(arguments: list[str]) -> None:

@@ -4,76 +4,32 @@ Flash decoding: a context is split over several programs, so that a few long seq
 GPU. Each leaves its partial softmax in the workspace, and the last one to arrive for a sequence
 and KV head merges them. Context lengths are data: the grid depends on the number of rows and on
 the longest context to expect alone, so that a CUDA graph replays for every context.
+
+The new token's own key and value come from the step's tensors and never from the cache. So the
+same launch may compute and store them, and what it reads of the cache was complete before the step
+began: it is on its way before the launch before has ended.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.decode_workspace import DecodeWorkspace
+from engine.kernels.head_rotation import HeadRotation, turn_heads
+from engine.kernels.split_softmax import absorb, load_halves, merge_splits, store_halves
+
 # The smallest number of rows that the tensor cores' product takes.
 _MIN_DOT_ROWS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeTuning:
-    """How a decode is cut up; nothing of it changes the result beyond rounding.
-
-    A program takes ``tile_tokens`` at a time, of at least ``min_split_tokens`` altogether, and
-    there are about ``programs_per_processor`` of them on each multiprocessor.
-    """
-
-    tile_tokens: int = 64
-    min_split_tokens: int = 128
-    programs_per_processor: int = 2
-    num_warps: int = 4
-    num_stages: int = 5
-
-
-class DecodeWorkspace:
-    """Owns what the programs of one launch leave to each other; for launches of one stream.
-
-    ``partials`` is ``[max_partials, head_dim]``, ``maxima`` and ``sums`` ``[max_partials]`` fp32;
-    ``arrivals`` ``[num_programs]`` int32, zeros between launches.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_processors: int,
-        device: torch.device,
-        tuning: DecodeTuning | None = None,
-    ) -> None:
-        self.tuning = tuning or DecodeTuning()
-        assert self.tuning.min_split_tokens % self.tuning.tile_tokens == 0, self.tuning
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        # More splits than run at once would make the last ones a second round.
-        self._num_programs = self.tuning.programs_per_processor * num_processors
-        max_partials = self._num_programs * (num_heads // num_kv_heads)
-        self.partials = torch.empty(max_partials, head_dim, device=device)
-        self.maxima = torch.empty(max_partials, device=device)
-        self.sums = torch.empty(max_partials, device=device)
-        self.arrivals = torch.zeros(self._num_programs, dtype=torch.int32, device=device)
-
-    def num_splits(self, num_rows: int, max_context: int) -> int:
-        """Programs for each row and KV head, where no context is expected beyond ``max_context``.
-
-        A longer one is computed as well, in longer splits.
-        """
-        that_fit = self._num_programs // (num_rows * self.num_kv_heads)
-        return max(1, min(that_fit, -(-max_context // self.tuning.min_split_tokens)))
 
 
 def paged_decode(
     out: Tensor,
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     keys: Tensor,
     values: Tensor,
     block_tables: Tensor,
@@ -81,24 +37,33 @@ def paged_decode(
     max_context: int,
     workspace: DecodeWorkspace,
     rows: Tensor | None = None,
+    rotation: HeadRotation | None = None,
 ) -> None:
     """Writes ``out[r] = softmax(query[r] Kᵀ / sqrt(head_dim)) V`` for the row of each sequence.
 
     Row ``r`` of sequence ``i`` is ``rows[i]``, or ``i`` where ``rows`` is None; other rows of
-    ``out`` are kept. K and V are the first ``context_lens[i]`` tokens of the blocks that
-    ``block_tables[i]`` names; no other slot is read. A sequence without context gets zeros.
+    ``out`` are kept. K and V are those of ``context_lens[i]`` tokens: ``key[r]`` and ``value[r]``
+    of the last one, before it what lies in the blocks that ``block_tables[i]`` names; no other slot
+    is read. A sequence without context gets zeros.
 
-    | tensor           | shape; rows of `*` may lie apart, else contiguous   | dtype          |
-    |------------------|-----------------------------------------------------|----------------|
-    | `out`            | `[num_rows, num_heads, head_dim]`                   | the model's    |
-    | `query` *        | that of `out`                                       | the model's    |
-    | `keys`, `values` | `[num_blocks, block_size, num_kv_heads, head_dim]`  | the model's    |
-    | `block_tables` * | `[num_sequences, max_blocks]`                       | int32 or int64 |
-    | `context_lens`   | `[num_sequences]`                                   | int32 or int64 |
-    | `rows`           | `[num_sequences]`, no row twice                     | int32 or int64 |
+    With ``rotation`` heads are as the projection left them: ``query`` and ``key`` count as normed
+    and rotated, and ``key`` and ``value`` of each sequence with a context are stored at its slot.
+    Without, they are ready, and nothing is stored.
+
+    | tensor                    | shape; rows of `*` may lie apart, else contiguous  | dtype       |
+    |---------------------------|----------------------------------------------------|-------------|
+    | `out`                     | `[num_rows, num_heads, head_dim]`                  | the model's |
+    | `query` *                 | that of `out`                                      | the model's |
+    | `key` *, `value` *        | `[num_rows, num_kv_heads, head_dim]`               | the model's |
+    | `keys`, `values`          | `[num_blocks, block_size, num_kv_heads, head_dim]` | the model's |
+    | `block_tables` *          | `[num_sequences, max_blocks]`                      | int32/int64 |
+    | `context_lens`            | `[num_sequences]`                                  | int32/int64 |
+    | `rows`                    | `[num_sequences]`, no row twice                    | int32/int64 |
 
     Products take the model's dtype (fp32, fp16 or bf16), sums are fp32. ``max_context`` need not be
-    exact, see ``DecodeWorkspace.num_splits``. Mutates ``out`` and, meanwhile, ``workspace``.
+    exact, see ``DecodeWorkspace.num_splits``. Mutates ``out``, with ``rotation`` also ``keys`` and
+    ``values``, and meanwhile ``workspace``. Where launches overlap, ``block_tables``,
+    ``context_lens``, ``rows`` and the cached tokens must be older than the last that does not.
 
     Source: Dao et al., "Flash-Decoding for long-context inference".
     """
@@ -108,85 +73,129 @@ def paged_decode(
         workspace.head_dim,
     )
     num_sequences = context_lens.shape[0]
+    num_rows = out.shape[0]
     block_size = keys.shape[1]
-    assert query.shape == out.shape and query.shape[1:] == (num_heads, head_dim), query.shape
-    assert query.stride()[1:] == (head_dim, 1) and out.is_contiguous(), query.stride()
+    assert query.shape == out.shape == (num_rows, num_heads, head_dim), query.shape
+    assert key.shape == value.shape == (num_rows, num_kv_heads, head_dim), key.shape
+    for heads in (query, key, value):
+        assert heads.stride()[1:] == (head_dim, 1), heads.stride()
     assert keys.shape == values.shape and keys.shape[2:] == (num_kv_heads, head_dim), keys.shape
-    assert keys.is_contiguous() and values.is_contiguous(), keys.stride()
-    assert query.dtype == out.dtype == keys.dtype == values.dtype, (query.dtype, keys.dtype)
+    assert out.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+    assert query.dtype == key.dtype == value.dtype == out.dtype == keys.dtype == values.dtype
+    assert head_dim % 2 == 0, head_dim
     assert block_tables.shape[0] == num_sequences and block_tables.stride(1) == 1
     assert context_lens.is_contiguous()
-    assert (query.shape if rows is None else rows.shape)[0] == num_sequences
+    assert (out.shape if rows is None else rows.shape)[0] == num_sequences
+    if rotation is not None:
+        rotation.check(num_rows, keys)
     if num_sequences == 0:
         return
     tuning = workspace.tuning
     group = num_heads // num_kv_heads
     num_splits = workspace.num_splits(num_sequences, max_context)
+    query_norm, key_norm = (rotation and rotation.norms) or (None, None)
     _paged_decode_kernel[(num_kv_heads, num_splits, num_sequences)](
         out,
         query,
+        key,
+        value,
         keys,
         values,
         block_tables,
         context_lens,
         rows,
+        rotation and rotation.rotation,
+        query_norm,
+        key_norm,
+        rotation and rotation.slots,
         workspace.partials,
         workspace.maxima,
         workspace.sums,
         workspace.arrivals,
         query.stride(0),
+        key.stride(0),
+        value.stride(0),
         block_tables.stride(0),
+        block_tables.shape[1],
+        rotation.eps if rotation else 0.0,
         # Powers of two are cheaper than those of e.
         math.log2(math.e) / math.sqrt(head_dim),
         tuning.min_split_tokens,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
-        HEAD_DIM=head_dim,
+        HALF_DIM=head_dim // 2,
         BLOCK_SIZE=block_size,
         HAS_ROWS=rows is not None,
+        ROTATES=rotation is not None,
+        HAS_NORMS=query_norm is not None,
         TILE_GROUP=triton.next_power_of_2(group),
         TILE_HEADS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)),
-        TILE_DIM=max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim)),
+        TILE_HALF=max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim // 2)),
+        # As many bytes in every dtype: registers hold them.
+        TILE_FIRST=tuning.first_tokens * 2 // max(2, out.element_size()),
         TILE_TOKENS=tuning.tile_tokens,
         TILE_SPLITS=8,
         NUM_STAGES=tuning.num_stages,
         # The interpreter's product of bf16 is wrong.
         UPCAST=triton.knobs.runtime.interpret and out.dtype is torch.bfloat16,
+        OVERLAPS=workspace.overlaps,
         num_warps=tuning.num_warps,
+        launch_pdl=workspace.overlaps,
     )
 
 
-@triton.jit(do_not_specialize=["query_stride", "table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "table_width", "eps"])
 def _paged_decode_kernel(
     out_ptr,
     query_ptr,
+    key_ptr,
+    value_ptr,
     keys_ptr,
     values_ptr,
     tables_ptr,
     context_lens_ptr,
     rows_ptr,
+    rotation_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
+    slots_ptr,
     partials_ptr,
     maxima_ptr,
     sums_ptr,
     arrivals_ptr,
     query_stride,
+    key_stride,
+    value_stride,
     table_stride,
+    table_width,
+    eps,
     scale,
     min_split_tokens,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    HALF_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    ROTATES: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
     TILE_GROUP: tl.constexpr,
     TILE_HEADS: tl.constexpr,
-    TILE_DIM: tl.constexpr,
+    TILE_HALF: tl.constexpr,
+    TILE_FIRST: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """One split of one sequence for the ``GROUP`` query heads that share a KV head."""
+    """One split of one sequence for the ``GROUP`` query heads that share a KV head.
+
+    Splits divide the cached tokens; the new token belongs to the first. Before the wait for the
+    launch before, a split's first tile of the cache is on its way.
+    """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+    HEAD_DIM: tl.constexpr = 2 * HALF_DIM
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -194,62 +203,133 @@ def _paged_decode_kernel(
     row = sequence.to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows_ptr + sequence).to(tl.int64)
+    # Splits are of the least size in all but long contexts: so the table need not wait for this
+    # context's length. What it holds behind the context is loaded, and never used.
+    table_ptr = tables_ptr + sequence.to(tl.int64) * table_stride
+    early_tokens = split * min_split_tokens + tl.arange(0, TILE_FIRST)
+    in_table = early_tokens // BLOCK_SIZE < table_width
+    early_blocks = tl.load(table_ptr + early_tokens // BLOCK_SIZE, mask=in_table, other=0)
 
-    split_tokens = tl.cdiv(tl.cdiv(context, tl.num_programs(1)), TILE_TOKENS) * TILE_TOKENS
+    cached = context - 1
+    split_tokens = tl.cdiv(tl.cdiv(cached, tl.num_programs(1)), TILE_TOKENS) * TILE_TOKENS
     split_tokens = tl.maximum(split_tokens, min_split_tokens)
-    num_active = tl.cdiv(context, split_tokens)
+    num_active = tl.maximum(tl.cdiv(cached, split_tokens), (context > 0).to(tl.int32))
 
     heads = tl.arange(0, TILE_HEADS)
-    dims = tl.arange(0, TILE_DIM)
-    head_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    head_offsets = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
-    out_ptrs = out_ptr + row * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head_offsets
-    if (context == 0) & (split == 0):
-        tl.store(out_ptrs, tl.zeros((TILE_HEADS, TILE_DIM), out_ptr.dtype.element_ty), head_mask)
+    dims = tl.arange(0, TILE_HALF)
+    is_dim = (dims < HALF_DIM)[None, :]
+    is_query = (heads < GROUP)[:, None] & is_dim
+    query_offsets = heads[:, None] * HEAD_DIM + dims[None, :]
+    out_ptrs = out_ptr + (row * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM) + query_offsets
     if split >= num_active:
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
+        if (context == 0) & (split == 0):
+            zeros = tl.zeros((TILE_HEADS, TILE_HALF), tl.float32)
+            store_halves(out_ptrs, zeros, zeros, is_query, HALF_DIM)
         return
 
-    query = tl.load(query_ptr + row * query_stride + head_offsets, mask=head_mask, other=0.0)
-    if UPCAST:
-        query = query.to(tl.float32)
-    maximum = tl.full((TILE_HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((TILE_HEADS,), tl.float32)
-    mixed = tl.zeros((TILE_HEADS, TILE_DIM), tl.float32)
-    table_ptr = tables_ptr + sequence.to(tl.int64) * table_stride
     begin = split * split_tokens
-    end = tl.minimum(begin + split_tokens, context)
-    for start in tl.range(begin, end, TILE_TOKENS, num_stages=NUM_STAGES):
-        tokens = start + tl.arange(0, TILE_TOKENS)
-        seen = tokens < end
-        blocks = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-        slots = blocks * BLOCK_SIZE + tokens % BLOCK_SIZE
-        offsets = (slots * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + dims[None, :]
-        # What is not loaded is zero: a product with a value that is not a number would be none.
-        mask = seen[:, None]
-        if HEAD_DIM != TILE_DIM:
-            mask = mask & (dims < HEAD_DIM)[None, :]
-        keys = tl.load(keys_ptr + offsets, mask=mask, other=0.0)
-        values = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-        if UPCAST:
-            keys, values = keys.to(tl.float32), values.to(tl.float32)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_maximum[:, None])
-        decay = tl.exp2(maximum - new_maximum)
-        total = total * decay + tl.sum(weights, 1)
-        mixed = tl.dot(
-            weights.to(values.dtype), values, mixed * decay[:, None], input_precision="ieee"
+    end = tl.minimum(begin + split_tokens, cached)
+    if split_tokens != min_split_tokens:
+        early_tokens = begin + tl.arange(0, TILE_FIRST)
+        in_split = early_tokens < end
+        early_blocks = tl.load(table_ptr + early_tokens // BLOCK_SIZE, mask=in_split, other=0)
+    keys_ptr += kv_head * HEAD_DIM
+    values_ptr += kv_head * HEAD_DIM
+    # Loads come first, all of them, and what they leave out is cleared behind the last: a load
+    # that clears by itself is waited for at once, to bring it into the layout of a product.
+    is_early = (early_tokens < end)[:, None] & is_dim
+    early_slots = early_blocks.to(tl.int64) * BLOCK_SIZE + early_tokens % BLOCK_SIZE
+    early = (early_slots * (NUM_KV_HEADS * HEAD_DIM))[:, None] + dims[None, :]
+    first_early_keys = tl.load(keys_ptr + early, mask=is_early)
+    second_early_keys = tl.load(keys_ptr + early + HALF_DIM, mask=is_early)
+    first_early_values = tl.load(values_ptr + early, mask=is_early)
+    second_early_values = tl.load(values_ptr + early + HALF_DIM, mask=is_early)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+
+    query_ptrs = query_ptr + row * query_stride + kv_head * (GROUP * HEAD_DIM) + query_offsets
+    first_query = tl.load(query_ptrs, mask=is_query)
+    second_query = tl.load(query_ptrs + HALF_DIM, mask=is_query)
+    # The new token is the first split's alone: for the others its key and value are zeros.
+    is_own = split == 0
+    is_new = (dims < tl.where(is_own, HALF_DIM, 0))[None, :]
+    key_ptrs = key_ptr + row * key_stride + kv_head * HEAD_DIM + dims[None, :]
+    value_ptrs = value_ptr + row * value_stride + kv_head * HEAD_DIM + dims[None, :]
+    first_key = tl.load(key_ptrs, mask=is_new)
+    second_key = tl.load(key_ptrs + HALF_DIM, mask=is_new)
+    first_value = tl.load(value_ptrs, mask=is_new)
+    second_value = tl.load(value_ptrs + HALF_DIM, mask=is_new)
+    if ROTATES:
+        rotation_ptr += row * HEAD_DIM
+        cosine = tl.load(rotation_ptr + dims, mask=dims < HALF_DIM, other=0.0)
+        sine = tl.load(rotation_ptr + HALF_DIM + dims, mask=dims < HALF_DIM, other=0.0)
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+    first_query = tl.where(is_query, first_query, 0.0)
+    second_query = tl.where(is_query, second_query, 0.0)
+    first_key = tl.where(is_new, first_key, 0.0)
+    second_key = tl.where(is_new, second_key, 0.0)
+    first_value = tl.where(is_new, first_value, 0.0)
+    second_value = tl.where(is_new, second_value, 0.0)
+    if ROTATES:
+        # fmt: off
+        first_query, second_query = turn_heads(
+            first_query, second_query, query_norm_ptr, eps, cosine, sine, dims, HALF_DIM, HAS_NORMS
         )
-        maximum = new_maximum
+        first_key, second_key = turn_heads(
+            first_key, second_key, key_norm_ptr, eps, cosine, sine, dims, HALF_DIM, HAS_NORMS
+        )
+        # fmt: on
+        if is_own & (slot >= 0):
+            stored = slot * (NUM_KV_HEADS * HEAD_DIM) + dims[None, :]
+            store_halves(keys_ptr + stored, first_key, second_key, is_dim, HALF_DIM)
+            store_halves(values_ptr + stored, first_value, second_value, is_dim, HALF_DIM)
+
+    products = first_query.to(tl.float32) * first_key.to(tl.float32)
+    products += second_query.to(tl.float32) * second_key.to(tl.float32)
+    maximum = tl.where(is_own, tl.sum(products, 1) * scale, float("-inf"))
+    total = tl.where(is_own, tl.full((TILE_HEADS,), 1.0, tl.float32), 0.0)
+    zeros = tl.zeros((TILE_HEADS, TILE_HALF), tl.float32)
+    first_mixed = zeros + first_value.to(tl.float32)
+    second_mixed = zeros + second_value.to(tl.float32)
+    first_early_keys = tl.where(is_early, first_early_keys, 0.0)
+    second_early_keys = tl.where(is_early, second_early_keys, 0.0)
+    first_early_values = tl.where(is_early, first_early_values, 0.0)
+    second_early_values = tl.where(is_early, second_early_values, 0.0)
+    # fmt: off
+    maximum, total, first_mixed, second_mixed = absorb(
+        first_query, second_query, first_early_keys, second_early_keys,
+        first_early_values, second_early_values, early_tokens < end,
+        maximum, total, first_mixed, second_mixed, scale, UPCAST,
+    )
+    for start in tl.range(begin + TILE_FIRST, end, TILE_TOKENS, num_stages=NUM_STAGES):
+        tokens = start + tl.arange(0, TILE_TOKENS)
+        in_tile = tokens < end
+        blocks = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=in_tile, other=0)
+        slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+        tile = (slots * (NUM_KV_HEADS * HEAD_DIM))[:, None] + dims[None, :]
+        is_cached = in_tile[:, None]
+        if HALF_DIM != TILE_HALF:
+            is_cached = is_cached & is_dim
+        first_keys, second_keys = load_halves(keys_ptr + tile, is_cached, HALF_DIM)
+        first_values, second_values = load_halves(values_ptr + tile, is_cached, HALF_DIM)
+        maximum, total, first_mixed, second_mixed = absorb(
+            first_query, second_query, first_keys, second_keys,
+            first_values, second_values, in_tile,
+            maximum, total, first_mixed, second_mixed, scale, UPCAST,
+        )
+    # fmt: on
 
     if num_active == 1:
-        tl.store(out_ptrs, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), head_mask)
+        first_out, second_out = first_mixed / total[:, None], second_mixed / total[:, None]
+        store_halves(out_ptrs, first_out, second_out, is_query, HALF_DIM)
     else:
         team = sequence * NUM_KV_HEADS + kv_head
         first_partial = team * tl.num_programs(1) * GROUP
         partials = first_partial + split * GROUP + heads
-        tl.store(partials_ptr + partials[:, None] * HEAD_DIM + dims[None, :], mixed, head_mask)
+        partial_ptrs = partials_ptr + partials[:, None] * HEAD_DIM + dims[None, :]
+        store_halves(partial_ptrs, first_mixed, second_mixed, is_query, HALF_DIM)
         tl.store(maxima_ptr + partials, maximum, heads < GROUP)
         tl.store(sums_ptr + partials, total, heads < GROUP)
         # All threads' stores come before the arrival that tells of them.
@@ -257,7 +337,7 @@ def _paged_decode_kernel(
         num_arrived = tl.atomic_add(arrivals_ptr + team, 1, sem="acq_rel", scope="gpu")
         if num_arrived == num_active - 1:
             tl.store(arrivals_ptr + team, 0)
-            _merge_splits(
+            merge_splits(
                 out_ptr + (row * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM),
                 partials_ptr + first_partial.to(tl.int64) * HEAD_DIM,
                 maxima_ptr + first_partial,
@@ -266,54 +346,6 @@ def _paged_decode_kernel(
                 GROUP,
                 HEAD_DIM,
                 TILE_GROUP,
-                TILE_DIM,
+                2 * TILE_HALF,
                 TILE_SPLITS,
             )
-
-
-@triton.jit
-def _merge_splits(
-    out_ptr,
-    partials_ptr,
-    maxima_ptr,
-    sums_ptr,
-    num_splits,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_GROUP: tl.constexpr,
-    TILE_DIM: tl.constexpr,
-    TILE_SPLITS: tl.constexpr,
-):
-    """Writes ``Σ partial · 2^(maximum - m) / Σ sum · 2^(maximum - m)``, m the largest maximum.
-
-    Other programs wrote what is read here: the loads must not be served by this one's L1 cache.
-    """
-    heads = tl.arange(0, TILE_GROUP)
-    dims = tl.arange(0, TILE_DIM)
-    is_head = heads < GROUP
-    is_value = is_head[:, None] & (dims < HEAD_DIM)[None, :]
-    maximum = tl.full((TILE_GROUP,), float("-inf"), tl.float32)
-    total = tl.zeros((TILE_GROUP,), tl.float32)
-    mixed = tl.zeros((TILE_GROUP, TILE_DIM), tl.float32)
-    for start in tl.range(0, num_splits, TILE_SPLITS, num_stages=3):
-        splits = start + tl.arange(0, TILE_SPLITS)
-        is_split = (splits < num_splits)[:, None]
-        offsets = splits[:, None] * GROUP + heads[None, :]
-        mask = is_split & is_head[None, :]
-        maxima = tl.load(maxima_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-        sums = tl.load(sums_ptr + offsets, mask=mask, other=1.0, cache_modifier=".cg")
-        partials = tl.load(
-            partials_ptr + offsets[:, :, None] * HEAD_DIM + dims[None, None, :],
-            mask=is_split[:, :, None] & is_value[None, :, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        maxima = tl.where(is_split, maxima, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(maxima, 0))
-        weights = tl.exp2(maxima - new_maximum[None, :])
-        decay = tl.exp2(maximum - new_maximum)
-        total = total * decay + tl.sum(weights * sums, 0)
-        mixed = mixed * decay[:, None] + tl.sum(weights[:, :, None] * partials, 0)
-        maximum = new_maximum
-    merged = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + heads[:, None] * HEAD_DIM + dims[None, :], merged, is_value)

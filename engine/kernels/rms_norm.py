@@ -6,28 +6,31 @@ import triton.language as tl
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, overlaps: bool) -> Tensor:
     """``weight · round(x / sqrt(mean(x²) + eps))`` of each row, a new tensor.
 
     ``x`` is ``[num_rows, width]``, rows may lie apart; ``weight`` ``[width]``; fp32, fp16 or bf16,
     all of one dtype. The mean is fp32; ``round`` is to that dtype, before the weight comes in.
+    ``overlaps``: see ``engine.kernels.overlap``.
 
     Source: ``LlamaRMSNorm`` of transformers.
     """
-    return _launch(x, None, weight, eps)
+    return _launch(x, None, weight, eps, overlaps)
 
 
-def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, overlaps: bool) -> Tensor:
     """``residual += x``, rounded to its dtype, in place; then ``rms_norm`` of the sum.
 
     ``residual`` is ``[num_rows, width]``, contiguous, of the shape and dtype of ``x``.
     """
     assert residual.shape == x.shape and residual.is_contiguous(), residual.stride()
     assert residual.dtype == x.dtype, (residual.dtype, x.dtype)
-    return _launch(x, residual, weight, eps)
+    return _launch(x, residual, weight, eps, overlaps)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, overlaps: bool
+) -> Tensor:
     num_rows, width = x.shape
     assert x.stride(1) == 1 and weight.is_contiguous(), x.stride()
     assert weight.shape == (width,) and weight.dtype == x.dtype, (weight.shape, weight.dtype)
@@ -45,8 +48,10 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
         WIDTH=width,
         TILE=tile,
         HAS_RESIDUAL=residual is not None,
+        OVERLAPS=overlaps,
         # 16 values a thread: two loads of 16 bytes in half precision.
         num_warps=min(16, max(1, tile // 512)),
+        launch_pdl=overlaps,
     )
     return out
 
@@ -62,12 +67,17 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     mask = columns < WIDTH
     dtype = out_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual_ptrs = residual_ptr + row * WIDTH + columns

@@ -8,11 +8,11 @@ from torch import Tensor
 _TILE = 1024
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, overlaps: bool) -> Tensor:
     """``round(gate · sigmoid(gate)) · up``, a new tensor ``[num_rows, width]``.
 
     ``gate_up`` is ``[num_rows, 2 * width]``, contiguous, fp32, fp16 or bf16: a row's gate, then its
-    up. Computed in fp32; ``round`` is to the dtype.
+    up. Computed in fp32; ``round`` is to the dtype. ``overlaps``: see ``engine.kernels.overlap``.
     """
     num_rows, both = gate_up.shape
     assert gate_up.is_contiguous() and both % 2 == 0, gate_up.shape
@@ -21,13 +21,28 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if num_rows == 0:
         return out
     _silu_mul_kernel[(num_rows, triton.cdiv(width, _TILE))](
-        out, gate_up, WIDTH=width, TILE=_TILE, num_warps=4
+        out,
+        gate_up,
+        WIDTH=width,
+        TILE=_TILE,
+        OVERLAPS=overlaps,
+        num_warps=4,
+        launch_pdl=overlaps,
     )
     return out
 
 
 @triton.jit
-def _silu_mul_kernel(out_ptr, gate_up_ptr, WIDTH: tl.constexpr, TILE: tl.constexpr):
+def _silu_mul_kernel(
+    out_ptr,
+    gate_up_ptr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = columns < WIDTH

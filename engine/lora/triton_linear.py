@@ -135,7 +135,7 @@ class GraphStep:
         shape = (1 + self._shape.max_units(max_rows), UNIT_WORDS)
         self._units = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
         self._uploads = Uploads(device, self._units.nbytes, _NUM_UPLOAD_BUFFERS)
-        self._segments = SmallSegments(launches, self._units, max_rows)
+        self.segments = SmallSegments(launches, self._units, max_rows)
 
     def fill(self, segments: tuple[Segment, ...]) -> None:
         """Launches and replays from now on are for these segments; does not wait for others.
@@ -148,16 +148,10 @@ class GraphStep:
         self._uploads.send(listed, self._units[: len(listed)])
 
     def add(self, layer: int, group: ModuleGroup, x: Tensor, out: Tensor) -> None:
-        self.shrink(layer, group, x)
-        self.expand(layer, group, out)
-
-    def shrink(self, layer: int, group: ModuleGroup, x: Tensor) -> None:
-        """The first half of ``add``, which does not need ``out`` yet."""
-        self._segments.shrink(layer, group, x)
-
-    def expand(self, layer: int, group: ModuleGroup, out: Tensor) -> None:
-        """The second half, of the ``shrink`` that was launched last."""
-        self._segments.expand(layer, group, out)
+        # Side by side, so that the B's are read while the shrinking still runs. Measured with the
+        # shrinking ahead of the base model's product: 0.1 to 0.4 ms a step slower.
+        self.segments.shrink(layer, group, x)
+        self.segments.expand(layer, group, out)
 
 
 def _row_segments(segments: tuple[Segment, ...], table: AdapterTable) -> list[RowSegment]:

@@ -160,8 +160,7 @@ class Decoder:
         norms = None
         if layer.query_norm is not None and layer.key_norm is not None:
             norms = layer.query_norm, layer.key_norm
-        heads = self._ops.rotate_and_store(qkv, norms, rotation, attention.destination(index))
-        return attention.attend(index, *heads).flatten(1)
+        return attention.attend_projected(index, qkv, norms, rotation, self._ops).flatten(1)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch_dtype(self.dtype), device=self._device)

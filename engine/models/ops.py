@@ -16,6 +16,11 @@ class DecoderOps(Protocol):
     Tensors are in the model's dtype, one row a token, contiguous.
     """
 
+    @property
+    def rms_norm_eps(self) -> float:
+        """What every norm adds to the mean of squares."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """``weight · x / sqrt(mean(x²) + eps)`` of each row; both ``[..., width]``."""
         ...
@@ -52,7 +57,7 @@ def open_ops(device: Device, rms_norm_eps: float) -> DecoderOps:
     # Only a GPU needs Triton.
     from engine.cuda_ops import FusedOps
 
-    return FusedOps(rms_norm_eps)
+    return FusedOps(rms_norm_eps, device.torch_device)
 
 
 class TorchOps:
@@ -60,6 +65,10 @@ class TorchOps:
 
     def __init__(self, rms_norm_eps: float) -> None:
         self._eps = rms_norm_eps
+
+    @property
+    def rms_norm_eps(self) -> float:
+        return self._eps
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, weight.shape, weight, self._eps)

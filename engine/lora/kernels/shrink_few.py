@@ -102,7 +102,6 @@ def shrink_few(
         scratch.arrivals,
         layer,
         weights.offsets.shape[1],
-        weights.offsets.shape[0] * weights.offsets.shape[1] * len(LINEAR_MODULES),
         group.first_module,
         group.num_modules,
         max_rows,
@@ -129,7 +128,6 @@ def shrink_few(
     do_not_specialize=[
         "layer",
         "num_layers",
-        "num_records",
         "first_module",
         "num_modules",
         "max_rows",
@@ -148,7 +146,6 @@ def _shrink_few_kernel(
     arrivals_ptr,
     layer,
     num_layers,
-    num_records,
     first_module,
     num_modules,
     max_rows,
@@ -187,8 +184,6 @@ def _shrink_few_kernel(
         record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
         num_ranks = tl.load(ranks_ptr + record * 16 + 4)
         a_offset = tl.load(offsets_ptr + record * 8)
-        if OVERLAPS:
-            _prefetch_records(offsets_ptr, record + num_modules, num_records)
 
         item += num_programs
         unit_ptr = units_ptr + (1 + item // ROW_SPLITS // num_modules) * _UNIT_WORDS + _ROW_WORD
@@ -232,8 +227,6 @@ def _shrink_few_kernel(
         # Also without work: else the next launch would overtake the one before.
         tl.extra.cuda.gdc_wait()
     while item < num_items:
-        if OVERLAPS:
-            _prefetch_records(offsets_ptr, record + num_modules, num_records)
         first_rank = (unit * num_modules + tile % num_modules) * ROWS_RANKS
         if first_rank < num_ranks:
             # The compiler keeps no hint to a value that comes from the last turn of a loop.
@@ -366,20 +359,6 @@ def _shrink_rows(
                 is_part = (rows < tl.where(other < num_splits, num_rows, 0))[:, None]
                 total += load_part(part_ptrs + other * PART, mask & is_part)
             tl.store(shrunk_ptrs, total.to(shrunk_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def _prefetch_records(records_ptr, first_record, num_records):
-    """Asks for the records of the next projection: nobody has read them since the last step."""
-    records = first_record + tl.arange(0, 4)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r",
-        [(records_ptr + records * 8).to(tl.int64), (records < num_records).to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit

@@ -12,9 +12,10 @@ from engine.batch import FlatBatch, flatten, to_device
 from engine.cuda_attention import CudaAttention
 from engine.cuda_ops import FusedOps
 from engine.device import CpuDevice, CudaDevice, Device
-from engine.kernels.paged_decode import DecodeTuning, DecodeWorkspace
+from engine.kernels.decode_workspace import DecodeTuning, DecodeWorkspace
+from engine.kernels.overlap import may_overlap
 from engine.kv_cache import KvCache
-from engine.lora.linear import ModuleColumns
+from engine.lora.linear import NoAdapters
 from engine.models.config import ModelConfig, Rope
 from engine.models.decoder import Decoder
 from engine.models.ops import DecoderOps, TorchOps
@@ -56,11 +57,6 @@ STEPS = {
 }
 
 
-class NoAdapters:
-    def add(self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, out: Tensor) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def on() -> Device:
     return CudaDevice() if torch.cuda.is_available() else CpuDevice()
@@ -69,8 +65,11 @@ def on() -> Device:
 def cuda_attention(cache: KvCache, num_heads: int, on: Device) -> CudaAttention:
     """In splits that are short enough for several of them in the contexts here."""
     num_kv_heads, head_dim = cache.keys[0].shape[2:]
-    tuning = DecodeTuning(tile_tokens=16, min_split_tokens=16)
-    workspace = DecodeWorkspace(num_heads, num_kv_heads, head_dim, 8, on.torch_device, tuning)
+    tuning = DecodeTuning(first_tokens=32, tile_tokens=16, min_split_tokens=16)
+    device = on.torch_device
+    workspace = DecodeWorkspace(
+        num_heads, num_kv_heads, head_dim, 8, device, may_overlap(device), tuning
+    )
     return CudaAttention(cache, on, workspace)
 
 
@@ -137,6 +136,35 @@ def test_a_step_attends_like_the_reference(
     assert_near(got, expected, num_roundings=4)
 
 
+@pytest.mark.parametrize("chunks", STEPS.values(), ids=STEPS.keys())
+def test_heads_are_rotated_stored_and_attended_in_one_call(
+    chunks: list[tuple[int, int]], on: Device
+) -> None:
+    cache = KvCache(CONFIG, NUM_BLOCKS, BLOCK_SIZE, DType.FLOAT32, on)
+    batch = make_batch(chunks)
+    fill(cache, batch)
+    before = [memory.clone() for memory in (cache.keys[0], cache.values[0])]
+    tensors = to_device(batch, on)
+    num_tokens = len(batch.token_ids)
+    width = (CONFIG.num_heads + 2 * CONFIG.num_kv_heads) * CONFIG.head_dim
+    qkv = torch.randn(num_tokens, width, device=on.torch_device)
+    angles = torch.randn(num_tokens, CONFIG.head_dim // 2, device=on.torch_device)
+    rotation = torch.stack((angles.cos(), angles.sin()), dim=1)
+    query_norm, key_norm = torch.randn(2, CONFIG.head_dim, device=on.torch_device)
+    found = []
+    for attention, ops in (
+        (PagedAttention(cache, on), TorchOps(1e-5)),
+        (cuda_attention(cache, CONFIG.num_heads, on), FusedOps(1e-5, on.torch_device)),
+    ):
+        cache.keys[0].copy_(before[0])
+        cache.values[0].copy_(before[1])
+        step = attention.begin(batch, tensors)
+        out = step.attend_projected(0, qkv.clone(), (query_norm, key_norm), rotation, ops)
+        found.append([out, cache.keys[0].nan_to_num(), cache.values[0].nan_to_num()])
+    for reference, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_forward_pass_gives_the_logits_of_the_reference(qk_norm: bool, on: Device) -> None:
     config = replace(CONFIG, qk_norm=qk_norm)
@@ -145,7 +173,7 @@ def test_a_forward_pass_gives_the_logits_of_the_reference(qk_norm: bool, on: Dev
     weights: dict[str, Tensor] = {}
     stored: list[Tensor] = []
     ops: DecoderOps
-    for ops in (TorchOps(config.rms_norm_eps), FusedOps(config.rms_norm_eps)):
+    for ops in (TorchOps(config.rms_norm_eps), FusedOps(config.rms_norm_eps, on.torch_device)):
         decoder = Decoder(config, DType.FLOAT32, on, ops)
         for name, tensor in decoder.checkpoint_tensors().items():
             weights.setdefault(name, 0.3 * torch.randn(tensor.shape))
@@ -181,10 +209,8 @@ def test_rows_that_fill_up_a_batch_store_nothing_and_get_zeros(on: Device) -> No
     before = cache.keys[0].clone()
     width = (CONFIG.num_heads + 2 * CONFIG.num_kv_heads) * CONFIG.head_dim
     rotation = torch.ones(2, 2, CONFIG.head_dim // 2, device=on.torch_device)
-    heads = FusedOps(1e-5).rotate_and_store(
-        torch.randn(2, width).to(before), None, rotation, step.destination(0)
-    )
-    out = step.attend(0, *heads)
+    ops = FusedOps(1e-5, on.torch_device)
+    out = step.attend_projected(0, torch.randn(2, width).to(before), None, rotation, ops)
     assert out[0].isfinite().all()
     assert not out[1].any()
     changed = (cache.keys[0].nan_to_num() != before.nan_to_num()).any(-1).any(-1)

@@ -1,115 +1,40 @@
 """Paged decode attention against SDPA in fp32."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from engine.kernels.paged_decode import DecodeTuning, DecodeWorkspace, paged_decode
+from engine.kernels.decode_workspace import DecodeTuning, DecodeWorkspace
+from engine.kernels.paged_decode import paged_decode
 from tests.engine.kernels.dtypes import DTYPES, assert_near
-
-BLOCK_SIZE = 16
-# Few and small, so that the interpreter is quick and contexts have many splits.
-SMALL = DecodeTuning(tile_tokens=16, min_split_tokens=32)
-NUM_PROCESSORS = 12
-
-
-@dataclass
-class Cache:
-    """Sequences of the lengths ``context_lens`` in shuffled blocks; the rest is not a number."""
-
-    keys: Tensor
-    values: Tensor
-    block_tables: Tensor
-    context_lens: Tensor
-
-    def attend(self, query: Tensor) -> Tensor:
-        """What paged decode is to compute, in fp32 and one sequence after another."""
-        out = torch.zeros(query.shape, device=query.device)
-        for index, length in enumerate(self.context_lens.tolist()):
-            if length:
-                blocks = self.block_tables[index, : -(-length // BLOCK_SIZE)].long()
-                keys, values = (
-                    memory[blocks].flatten(0, 1)[:length].float().transpose(0, 1)
-                    for memory in (self.keys, self.values)
-                )
-                attended = scaled_dot_product_attention(
-                    query[index].float().unsqueeze(1), keys, values, enable_gqa=True
-                )
-                out[index] = attended.squeeze(1)
-        return out
-
-
-def make_cache(
-    context_lens: list[int],
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    first_block: int = 0,
-) -> Cache:
-    counts = [-(-length // BLOCK_SIZE) for length in context_lens]
-    num_blocks = first_block + sum(counts) + 3
-    free = first_block + torch.randperm(sum(counts) + 3)
-    # Behind a context the tables name a block that there is not.
-    tables = torch.full((len(counts), max(counts) + 2), num_blocks)
-    shape = (2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
-    memory = torch.empty(shape, dtype=dtype, device=device)
-    memory[:, first_block:] = torch.nan
-    for index, (count, length) in enumerate(zip(counts, context_lens, strict=True)):
-        tables[index, :count], free = free[:count], free[count:]
-        slots = torch.arange(length)
-        blocks = tables[index, slots // BLOCK_SIZE].to(device)
-        values = torch.randn(2, length, num_kv_heads, head_dim, device=device)
-        memory[:, blocks, slots.to(device) % BLOCK_SIZE] = values.to(dtype)
-    keys, values = memory.unbind(0)
-    return Cache(keys, values, tables.to(device), torch.tensor(context_lens, device=device))
-
-
-def make_workspace(
-    num_heads: int, cache: Cache, tuning: DecodeTuning | None = SMALL, processors: int = 12
-) -> DecodeWorkspace:
-    num_kv_heads, head_dim = cache.keys.shape[2:]
-    return DecodeWorkspace(num_heads, num_kv_heads, head_dim, processors, cache.keys.device, tuning)
-
-
-def run(
-    query: Tensor, cache: Cache, workspace: DecodeWorkspace, max_context: int | None = None
-) -> Tensor:
-    out = torch.full_like(query, torch.nan, memory_format=torch.contiguous_format)
-    if max_context is None:
-        max_context = int(cache.context_lens.max())
-    paged_decode(
-        out,
-        query,
-        cache.keys,
-        cache.values,
-        cache.block_tables,
-        cache.context_lens,
-        max_context,
-        workspace,
-    )
-    assert not workspace.arrivals.any()
-    return out
+from tests.engine.kernels.paged_cache import BLOCK_SIZE, SMALL, make_cache, make_workspace, run
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim"), [(32, 8, 16), (2, 1, 64), (8, 8, 32), (14, 2, 24)]
+    ("num_heads", "num_kv_heads", "head_dim", "tuning"),
+    [
+        (16, 4, 16, SMALL),
+        (2, 1, 64, SMALL),
+        (4, 4, 32, SMALL),
+        (14, 2, 24, SMALL),
+        # More at first than a split has; a split that has more than that and no multiple of it.
+        (4, 2, 16, DecodeTuning(first_tokens=128, tile_tokens=16, min_split_tokens=32)),
+        (4, 2, 16, DecodeTuning(first_tokens=32, tile_tokens=16, min_split_tokens=80)),
+    ],
 )
 def test_every_length_around_the_edges_of_blocks_and_splits(
     dtype: torch.dtype,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    tuning: DecodeTuning,
     device: torch.device,
 ) -> None:
-    for lengths in ([1, 15, 16, 17], [31, 33, 255], [0, 256, 0, 257, 0]):
+    # The last token is not in the cache: 33 are a whole split and one.
+    for lengths in ([1, 2, 16, 17, 18], [32, 33, 34, 255], [0, 256, 0, 257, 258]):
         cache = make_cache(lengths, num_kv_heads, head_dim, dtype, device)
         query = torch.randn(len(lengths), num_heads, head_dim, device=device).to(dtype)
-        got = run(query, cache, make_workspace(num_heads, cache))
+        got = run(query, cache, make_workspace(num_heads, cache, tuning))
         assert_near(got, cache.attend(query), num_roundings=4)
 
 
@@ -147,11 +72,14 @@ def test_rows_say_where_queries_and_results_stand_and_others_are_kept(
 ) -> None:
     cache = make_cache([50, 3], 1, 16, torch.float32, device)
     qkv = torch.randn(5, 6, 16, device=device)
-    query = qkv[:, :4]
+    query, key, value = qkv.split_with_sizes((4, 1, 1), dim=1)
+    cache.key, cache.value = key[[4, 1]], value[[4, 1]]
     out = torch.full((5, 4, 16), 7.0, device=device)
     paged_decode(
         out,
         query,
+        key,
+        value,
         cache.keys,
         cache.values,
         cache.block_tables[:, :-1].int(),
@@ -165,7 +93,7 @@ def test_rows_say_where_queries_and_results_stand_and_others_are_kept(
 
 
 def test_small_batches_are_split_until_they_fill_the_gpu() -> None:
-    workspace = DecodeWorkspace(32, 8, 128, 132, torch.device("cpu"))
+    workspace = DecodeWorkspace(32, 8, 128, 132, torch.device("cpu"), overlaps=False)
     for num_rows in (1, 2, 7, 32, 66, 100):
         num_splits = workspace.num_splits(num_rows, max_context=100_000)
         num_programs = num_rows * 8 * num_splits
@@ -213,6 +141,8 @@ def test_a_captured_launch_replays_for_other_contexts(device: torch.device) -> N
         paged_decode(
             out,
             query,
+            cache.key,
+            cache.value,
             cache.keys,
             cache.values,
             cache.block_tables,

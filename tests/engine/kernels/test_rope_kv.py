@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.kernels.head_rotation import HeadRotation
+from engine.kernels.overlap import may_overlap
 from engine.kernels.rope_kv import rope_kv
 from tests.engine.kernels.dtypes import DTYPES, assert_near
 
@@ -53,7 +55,8 @@ def test_queries_keys_and_values_end_where_they_belong(
 
     memory = torch.full((2, NUM_SLOTS, num_kv_heads, head_dim), 7.0, dtype=dtype, device=device)
     keys, values = memory.unbind(0)
-    rope_kv(qkv, rotation, norms, EPS, keys, values, slots)
+    turn = HeadRotation(rotation, norms, EPS, slots)
+    rope_kv(qkv, turn, keys, values, may_overlap(device))
 
     expected = torch.cat((query, key, value), dim=1).flatten(1)
     if has_norms or dtype is torch.float32 or device.type == "cuda":
@@ -75,4 +78,5 @@ def test_no_tokens_are_no_launch(device: torch.device) -> None:
     keys = torch.zeros(4, 1, 16, device=device)
     nothing = torch.empty(0, 64, device=device)
     slots = torch.empty(0, dtype=torch.int64, device=device)
-    rope_kv(nothing, torch.empty(0, 2, 8, device=device), None, EPS, keys, keys.clone(), slots)
+    turn = HeadRotation(torch.empty(0, 2, 8, device=device), None, EPS, slots)
+    rope_kv(nothing, turn, keys, keys.clone(), may_overlap(device))

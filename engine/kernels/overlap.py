@@ -1,0 +1,32 @@
+"""Launches that begin before the one before them has ended (programmatic dependent launch).
+
+A launch that may overlap begins as soon as every program of the launch before it has ended or has
+said that its dependents may begin. Our kernels say so first of all, so that several launches in a
+row can be in flight together. What a stream promises still holds, by three rules for each kernel:
+
+1. Every program waits, on every path, also on one without work. A wait returns when the launch
+   before has completed and what it wrote is visible; since the programs of that one have waited
+   as well, so has everything before it. One program that ended without its wait would break this
+   chain: the launch after the next would wait for its direct predecessor and for nothing else.
+2. No program writes to global memory before its wait. Hence no launch can overwrite what an
+   earlier one still reads or has yet to write.
+3. Before its wait a program reads only what no launch in flight can write. Those in flight reach
+   back to the last launch that may not overlap, as a library's product, and include it: it began
+   when all before it had completed. So weights, a step's inputs, and what former steps left in the
+   KV cache may be read; what the layer has computed so far may not.
+
+Source: CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA,
+``griddepcontrol``.
+"""
+
+import torch
+import triton
+
+_FIRST_CAPABILITY = (9, 0)
+
+
+def may_overlap(device: torch.device) -> bool:
+    """Whether kernels on ``device`` can be launched so: from compute capability 9.0 on."""
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
+        return False
+    return torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY

@@ -1,0 +1,127 @@
+"""Compiles the kernels for compute capability 9.0 without a GPU, and follows paths of the result.
+
+    python -m tests.engine.kernels.ptx FOLDER
+
+leaves one ``.ptx`` a kernel in FOLDER, for launches that may overlap.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from engine.kernels.decode_workspace import DecodeWorkspace
+from engine.kernels.head_rotation import HeadRotation
+from engine.kernels.paged_decode import paged_decode
+from engine.kernels.rms_norm import add_rms_norm, rms_norm
+from engine.kernels.rope_kv import rope_kv
+from engine.kernels.silu_mul import silu_mul
+
+_TARGET = GPUTarget("cuda", 90, 32)
+_NUM_ROWS = 4
+
+
+class _NoDevice:
+    """What Triton's compiler asks a driver for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return _TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(launch: Callable[[], object]) -> str:
+    """The PTX of the one kernel that ``launch`` launches; nothing runs."""
+    found: list[str] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(run(self, *args, grid=grid, warmup=True, **options).asm["ptx"])
+
+    triton.runtime.driver.set_active(_NoDevice())
+    JITFunction.run = compile_only
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    (ptx,) = found
+    return ptx
+
+
+def launches() -> dict[str, Callable[[], object]]:
+    """By name: each kernel at the shape of an 8B model, allowed to overlap."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    x, weight = tensor(_NUM_ROWS, 4096), tensor(4096)
+    qkv = tensor(_NUM_ROWS, 48 * 128)
+    query, key, value = qkv.view(_NUM_ROWS, 48, 128).split_with_sizes((32, 8, 8), dim=1)
+    keys = tensor(3, 16, 8, 128)
+    by_slot = keys.flatten(0, 1)
+    norms = tensor(128), tensor(128)
+    integers = torch.zeros(_NUM_ROWS, dtype=torch.int32)
+    rotation = torch.zeros(_NUM_ROWS, 2, 64)
+    turn = HeadRotation(rotation, None, 1e-5, integers)
+    turn_and_norm = HeadRotation(rotation, norms, 1e-5, integers)
+    tables = torch.zeros(_NUM_ROWS, 2, dtype=torch.int32)
+    workspace = DecodeWorkspace(32, 8, 128, 132, torch.device("cpu"), overlaps=True)
+
+    def decode(turn: HeadRotation | None, rows: Tensor | None = None) -> None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        paged_decode(
+            out, query, key, value, keys, keys, tables, integers, 32, workspace, rows, turn
+        )
+
+    return {
+        "rms_norm": lambda: rms_norm(x, weight, 1e-5, overlaps=True),
+        "add_rms_norm": lambda: add_rms_norm(x, x, weight, 1e-5, overlaps=True),
+        "silu_mul": lambda: silu_mul(x, overlaps=True),
+        "rope_kv": lambda: rope_kv(qkv, turn, by_slot, by_slot, overlaps=True),
+        "rope_kv_with_norms": lambda: rope_kv(qkv, turn_and_norm, by_slot, by_slot, overlaps=True),
+        "paged_decode": lambda: decode(None, integers),
+        "paged_decode_of_projections": lambda: decode(turn),
+        "paged_decode_of_projections_with_norms": lambda: decode(turn_and_norm),
+    }
+
+
+def hasty_instructions(ptx: str) -> list[str]:
+    """Writes to global memory and ends of a program that some path reaches before it has waited."""
+    body = ptx[ptx.index(".entry") :]
+    lines = [line.split("//")[0].strip() for line in body[body.index("{") + 1 :].splitlines()]
+    labels = {line[:-1]: index for index, line in enumerate(lines) if line.endswith(":")}
+    found = []
+    ahead, seen = [0], set()
+    while ahead:
+        index = ahead.pop()
+        if index in seen:
+            continue
+        seen.add(index)
+        line = lines[index]
+        if line.startswith("griddepcontrol.wait"):
+            continue
+        if re.search(r"\b(st|red|atom)\.(\w+\.)*global\b", line) or re.search(r"\bret;", line):
+            found.append(line)
+        if branch := re.search(r"\bbra(?:\.uni)?\s+([\w$]+);", line):
+            ahead.append(labels[branch[1]])
+        # Without a predicate, what stands behind it is not reached from here.
+        if not re.match(r"(bra|ret)\b", line) and index + 1 < len(lines):
+            ahead.append(index + 1)
+    return found
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for name, launch in launches().items():
+        (folder / f"{name}.ptx").write_text(compiled(launch))

@@ -1,0 +1,52 @@
+"""What every kernel has to keep to where launches may overlap, checked in what it compiles to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine.kernels.ptx import hasty_instructions, launches
+
+ROOT = Path(__file__).resolve().parents[3]
+
+ENTRY = """
+.visible .entry kernel(
+	.param .u64 p
+)
+{
+%s
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the PTX of every kernel, compiled by a process that does not interpret them."""
+    folder = tmp_path_factory.mktemp("ptx")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, "-m", "tests.engine.kernels.ptx", str(folder)]
+    subprocess.run(command, cwd=ROOT, env=environment, timeout=150, check=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", launches())
+def test_every_path_waits_before_it_writes_or_ends(name: str, folder: Path) -> None:
+    ptx = (folder / f"{name}.ptx").read_text()
+    assert ".target sm_90" in ptx
+    assert "griddepcontrol.launch_dependents" in ptx
+    assert hasty_instructions(ptx) == []
+
+
+def test_a_write_or_an_end_before_the_wait_is_found() -> None:
+    waits = "griddepcontrol.wait; // dummy\n st.global.b32 [%rd1], %r1;\n ret;"
+    assert hasty_instructions(ENTRY % waits) == []
+    writes = "st.global.v4.b32 [%rd1], {%r1};\n" + waits
+    assert hasty_instructions(ENTRY % writes) == ["st.global.v4.b32 [%rd1], {%r1};"]
+    ends = "@%p1 bra $L__BB0_2;\n" + waits + "\n$L__BB0_2:\n ret;"
+    assert hasty_instructions(ENTRY % ends) == ["ret;"]
+    adds = "@%p1 atom.global.gpu.acq_rel.add.u32 %r1, [%rd1], 1;\n" + waits
+    assert len(hasty_instructions(ENTRY % adds)) == 1
