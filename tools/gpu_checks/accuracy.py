@@ -1,4 +1,8 @@
-"""Logprobs of the engine against transformers and peft, with the same weights in bfloat16."""
+"""Logprobs of the engine against transformers and peft, with the same weights in bfloat16.
+
+That the comparison would notice is checked beside it: an adapter must change the answers by much
+more than what may be off, and so must another adapter in its place.
+"""
 
 import random
 from dataclasses import dataclass
@@ -10,6 +14,7 @@ from engine.plan import ScheduledChunk, StepPlan
 from engine.sequence import Sequence, SequenceId
 from ipc.messages import AdapterId, RequestId, SamplingParams
 from tools.gpu_checks.figures import Figure, Report
+from tools.gpu_checks.lifelike import fill_adapter, scale_head
 from tools.gpu_checks.live_engine import LiveEngine
 from tools.gpu_checks.reference import Reference
 from tools.gpu_checks.setting import Setting
@@ -19,6 +24,10 @@ NUM_DECODED = 32
 RANKS = (8, 64, 256)
 SCALING = 2.0
 LARGEST_DIFFERENCE = 0.1
+# Three times the mean difference that rounding makes, which was 0.01 where it was tried.
+LEAST_EFFECT = 0.03
+# Another adapter in place of the right one must be off by that many times what the right one is.
+LEAST_SWAPPED_RATIO = 5.0
 _NUM_LOGPROBS = 20
 
 
@@ -41,6 +50,9 @@ def check_accuracy(setting: Setting) -> Report:
         (adapter_id,) = engine.add_adapters(setting.of(rank, min(rank, 32)), 1, SCALING)
         ranks[adapter_id] = setting.of(rank, min(rank, 32))
     engine.ensure_resident(list(ranks))
+    scale_head(engine)
+    for adapter_id in ranks:
+        fill_adapter(engine, adapter_id, SCALING)
 
     rng = random.Random(1)
     vocab_size = engine.compute.model.vocab_size
@@ -83,8 +95,41 @@ def check_accuracy(setting: Setting) -> Report:
                 2.0,
             ),
             Figure(f"{name}: ours to transformers in float32", found.ours_to_full),
+            Figure(f"{name}: transformers to its own float32", found.half_to_full),
         ]
+    first_of_each = list(zip(prompts, owners, prefilled, strict=True))[: 1 + len(ranks)]
+    report.figures += _visibility(first_of_each, half, in_prefill.ours_to_half)
     return report
+
+
+def _visibility(
+    computed: list[tuple[list[int], AdapterId | None, Tensor]],
+    reference: Reference,
+    largest_difference: float,
+) -> list[Figure]:
+    """How plainly an adapter shows; ``computed`` are prompts, owners and our logprobs for them."""
+    effects: list[float] = []
+    swapped: list[float] = []
+    for prompt, owner, ours in computed:
+        for _, other, _ in computed:
+            if other == owner:
+                continue
+            of_other = reference.logprobs(prompt, other)
+            swapped.append(_largest(ours, of_other))
+            if other is None:
+                effects.append(float((reference.logprobs(prompt, owner) - of_other).abs().mean()))
+    return [
+        Figure(
+            "weakest adapter: mean change of a logprob", min(effects), LEAST_EFFECT, at_most=False
+        ),
+        Figure("with another adapter: ours to transformers, at least", min(swapped)),
+        Figure(
+            "with another adapter: over ours to transformers with the right one",
+            min(swapped) / largest_difference,
+            LEAST_SWAPPED_RATIO,
+            at_most=False,
+        ),
+    ]
 
 
 def _prefill_logprobs(

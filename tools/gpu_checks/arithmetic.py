@@ -26,14 +26,44 @@ def decode_step_bytes(model: ModelConfig, base: BaseModel, batch: int, context: 
 
 
 def prefill_flops(model: ModelConfig, base: BaseModel, num_prompts: int, num_tokens: int) -> int:
-    """Operations of ``num_prompts`` prompts of ``num_tokens``: a product and a sum are two.
+    """Operations of ``num_prompts`` prompts of ``num_tokens``: a product and a sum are two."""
+    products = prefill_product_flops(model, base, num_prompts, num_tokens)
+    return products + prefill_attention_flops(model, num_prompts, num_tokens)
 
-    Linears of every token, causal attention (half of the square), the head of last tokens only.
+
+def prefill_product_flops(
+    model: ModelConfig, base: BaseModel, num_prompts: int, num_tokens: int
+) -> int:
+    """Those of the matrix products: linears of every token, the head of last tokens only."""
+    return 2 * num_prompts * (linear_values(model, base) * num_tokens + head_values(model))
+
+
+def prefill_attention_flops(model: ModelConfig, num_prompts: int, num_tokens: int) -> int:
+    """Those of causal attention: two products over half of the square."""
+    half = num_tokens * num_tokens // 2
+    return 2 * 2 * num_prompts * model.num_layers * model.query_size * half
+
+
+def prefill_norm_bytes(model: ModelConfig, base: BaseModel, num_tokens: int) -> int:
+    """What the norms of ``num_tokens`` read and write; all but the first add to the residual."""
+    values = (2 + 4 * (2 * model.num_layers - 1)) * model.hidden_size
+    return values * num_tokens * base.dtype.num_bytes
+
+
+def prefill_rope_bytes(model: ModelConfig, base: BaseModel, num_tokens: int) -> int:
+    """Queries, keys and values read; the first two written back, the last two stored.
+
+    Cosines and sines are fp32.
     """
-    linears = 2 * linear_values(model, base) * num_tokens
-    attention = 2 * 2 * model.num_layers * model.query_size * num_tokens * num_tokens // 2
-    head = 2 * head_values(model)
-    return num_prompts * (linears + attention + head)
+    values = 2 * model.query_size + 5 * model.kv_size
+    per_token = values * base.dtype.num_bytes + 4 * model.head_dim
+    return model.num_layers * num_tokens * per_token
+
+
+def prefill_silu_bytes(model: ModelConfig, base: BaseModel, num_tokens: int) -> int:
+    """Gate and up read, their product written."""
+    values = 3 * model.num_layers * model.intermediate_size
+    return values * num_tokens * base.dtype.num_bytes
 
 
 def all_linear_modules(base: BaseModel, rank: int, scaling: float) -> tuple[AdapterModule, ...]:

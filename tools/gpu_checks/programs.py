@@ -1,30 +1,20 @@
 """Other programs as parts of a check: tests, benchmarks, a memory checker around tests."""
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from tools.gpu_checks.figures import Figure, Report
+from tools.gpu_checks.outcomes import count_tests, run_program
 from tools.gpu_checks.setting import Setting
+from tools.gpu_checks.sharded_tests import ShardedRun, deal, list_tests, run_shards
 
-_MAX_OUTPUT_CHARS = 6000
 _SANITIZER_ERROR_STATUS = 86
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """``status`` None: the program ran past its time and was killed."""
-
-    status: int | None
-    seconds: float
-    output: str
 
 
 def gpu_name() -> str:
@@ -36,33 +26,6 @@ def gpu_name() -> str:
     return answer.stdout.strip()
 
 
-def run_program(
-    command: Sequence[str], environment: Mapping[str, str], max_seconds: float
-) -> Outcome:
-    """Runs it with its output collected, and shown as well."""
-    print("$", " ".join(command), flush=True)
-    begin_s = time.monotonic()
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **environment},
-        text=True,
-        # Its own group, so that whatever it has started can be ended with it.
-        process_group=0,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=max_seconds)
-            status: int | None = process.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            output, _ = process.communicate()
-            status = None
-    print(output[-_MAX_OUTPUT_CHARS:], flush=True)
-    return Outcome(status, time.monotonic() - begin_s, output[-_MAX_OUTPUT_CHARS:])
-
-
 def run_tests(
     report: Report,
     setting: Setting,
@@ -70,12 +33,11 @@ def run_tests(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     max_seconds: float,
-    wrapper: Sequence[str] = (),
 ) -> None:
     """Adds how many of pytest's tests failed, goal none, and how many ran."""
     results = setting.out / f"{report.part}-{name.replace(' ', '-')}.xml"
     results.parent.mkdir(parents=True, exist_ok=True)
-    command = [*wrapper, sys.executable, "-m", "pytest", "-q", f"--junitxml={results}", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={results}", *arguments]
     outcome = run_program(command, environment, max_seconds)
     num_run, num_failed = count_tests(results.read_text()) if results.is_file() else (0, 0)
     if outcome.status != 0:
@@ -90,16 +52,6 @@ def run_tests(
     }
     note = f"{num_run} ran in {outcome.seconds:.0f} s" + (f", {status}" if num_failed else "")
     report.figures.append(Figure(f"{name}: failures", num_failed, 0, note=note))
-
-
-def count_tests(junit_xml: str) -> tuple[int, int]:
-    """Tests that ran, and how many of them failed or broke."""
-    suites = list(ElementTree.fromstring(junit_xml).iter("testsuite"))
-
-    def total(attribute: str) -> int:
-        return sum(int(suite.get(attribute, "0")) for suite in suites)
-
-    return total("tests") - total("skipped"), total("failures") + total("errors")
 
 
 def run_benchmark(report: Report, setting: Setting, module: str, max_seconds: float) -> None:
@@ -126,10 +78,11 @@ def kernel_tests(root: Path) -> list[str]:
     folders = [path for path in root.rglob("kernels") if path.is_dir()]
     files = [
         path
-        for path in root.rglob("test_*kernel*.py")
+        for name in ("test_*kernel*.py", "test_*triton*.py")
+        for path in root.rglob(name)
         if not any(folder in path.parents for folder in folders)
     ]
-    return sorted(str(path) for path in (*folders, *files))
+    return sorted({str(path) for path in (*folders, *files)})
 
 
 def check_kernels(setting: Setting) -> Report:
@@ -150,26 +103,56 @@ def check_kernels(setting: Setting) -> Report:
 
 
 def check_load(setting: Setting) -> Report:
-    """The loads' benchmark."""
+    """The loads' benchmarks, then what loads cost everybody else's decode steps."""
+    # Imported here alone: it takes an engine, which the other programs' parts do without.
+    from tools.gpu_checks.staging import check_staging
+
     report = Report("load", gpu_name())
-    run_benchmark(report, setting, "tools.bench_load", setting.max_seconds)
+    end_s = time.monotonic() + setting.max_seconds
+    for module in ("tools.bench_load", "tools.bench_chunks"):
+        run_benchmark(report, setting, module, max(1.0, end_s - time.monotonic()))
+    check_staging(report, setting)
     return report
 
 
 def check_memory(setting: Setting) -> Report:
-    """The kernels' tests under compute-sanitizer, those that are slow without it left out."""
+    """The kernels' tests under compute-sanitizer, each with a few of its parametrizations.
+
+    A plain run of the same tests comes first: it compiles all kernels, which takes far longer under
+    the checker. Tests that are slow without it are left out.
+    """
     report = Report("memcheck", gpu_name())
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         note = "compute-sanitizer is not installed"
-        report.figures.append(Figure("memcheck: failures", None, 0, note=note))
+        report.figures.append(Figure("memcheck: memory errors", None, 0, note=note))
         return report
-    wrapper = [checker, "--tool", "memcheck", "--target-processes", "all"]
-    wrapper += ["--error-exitcode", str(_SANITIZER_ERROR_STATUS)]
-    # Without torch's caching, a kernel that reads past a tensor leaves its allocation.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    arguments = ["-m", "not slow and not long", "-o", "timeout=0", *kernel_tests(Path("tests"))]
+    end_s = time.monotonic() + setting.max_seconds
+    arguments = ["-m", "not slow and not long", *kernel_tests(Path("tests"))]
     if setting.select is not None:
         arguments += ["-k", setting.select]
-    run_tests(report, setting, "memcheck", arguments, environment, setting.max_seconds, wrapper)
+    shards = deal(list_tests(arguments))
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        # Without torch's caching, a kernel that reads past a tensor leaves its allocation.
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "TRITON_CACHE_DIR": str(setting.work / "triton"),
+    }
+    wrapper = [checker, "--tool", "memcheck", "--target-processes", "all"]
+    wrapper += ["--error-exitcode", str(_SANITIZER_ERROR_STATUS)]
+    for name, around in (("plain", []), ("memcheck", wrapper)):
+        seconds_left = max(1.0, end_s - time.monotonic())
+        done = run_shards(shards, setting.out / name, environment, seconds_left, around)
+        report.figures += done.figures(name)
+        report.details[name] = _details(done)
+    report.figures.append(Figure("memcheck: memory errors", done.num_checker_errors, 0))
     return report
+
+
+def _details(done: ShardedRun) -> dict[str, object]:
+    return {
+        "num_listed": done.num_listed,
+        "num_reached": done.num_reached,
+        "files": {file: asdict(count) for file, count in done.files.items()},
+        "outcomes": [asdict(outcome) for outcome in done.outcomes],
+    }

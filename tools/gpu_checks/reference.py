@@ -11,6 +11,7 @@ from torch import Tensor
 from ipc.base_model import LINEAR_MODULES
 from ipc.image import EntryKind
 from ipc.messages import AdapterId
+from tools.gpu_checks.lifelike import adapter_matrices
 from tools.gpu_checks.live_engine import LiveEngine
 
 
@@ -51,7 +52,11 @@ class Reference:
                     model.add_adapter(name, lora, autocast_adapter_dtype=False)
                 else:
                     model = peft.get_peft_model(model, lora, name, autocast_adapter_dtype=False)
-        self._model: Any = model.eval().to(dtype)
+        self._model: Any = model.eval()
+        # The parameters alone: the frequencies of the rotary embedding are float32 in every dtype,
+        # as they are in a model that transformers has loaded.
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(dtype)
         self._device = device
         for adapter_id in ranks:
             self._fill_adapter(engine, adapter_id)
@@ -69,24 +74,20 @@ class Reference:
         answer: Tensor = logits.float().log_softmax(dim=-1)
         return answer
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of every parameter and buffer, by name."""
+        named = (*self._model.named_parameters(), *self._model.named_buffers())
+        return {name: tensor.dtype for name, tensor in named}
+
     def _fill_adapter(self, engine: LiveEngine, adapter_id: AdapterId) -> None:
         parameters = {
             name.removeprefix("base_model.model."): parameter
             for name, parameter in self._model.named_parameters()
         }
-        paths = {linear.name: linear.path for linear in engine.compute.base.linears}
-        adapter = engine.installed(adapter_id)
-        dtype = engine.compute.decoder.checkpoint_tensors()["model.norm.weight"].dtype
         wanted = {}
-        for stage, (layout, extent) in enumerate(
-            zip(adapter.layout.stages, adapter.extents, strict=True)
-        ):
-            layer = stage - engine.compute.base.layer_stage(0)
-            for entry in layout.entries:
-                kind = "lora_A" if entry.kind is EntryKind.LORA_A else "lora_B"
-                memory = engine.compute.pool.extent_view(extent + entry.offset, entry.num_bytes)
-                name = f"model.layers.{layer}.{paths[entry.module]}.{kind}.{adapter_id}.weight"
-                wanted[name] = memory.view(dtype).view(entry.rows, entry.columns)
+        for prefix, kind, matrix in adapter_matrices(engine, adapter_id):
+            name = "lora_A" if kind is EntryKind.LORA_A else "lora_B"
+            wanted[f"{prefix}.{name}.{adapter_id}.weight"] = matrix
         _copy(parameters, wanted)
 
 

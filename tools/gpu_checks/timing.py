@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -71,9 +72,16 @@ def captured(device: torch.device, work: Callable[[], object]) -> Callable[[], o
 
 
 def matmul_graph_seconds(
-    device: torch.device, weights: list[torch.Tensor], num_rows: int, repeats: int
+    device: torch.device,
+    weights: list[torch.Tensor],
+    num_rows: int,
+    repeats: int,
+    num_empty_nodes: int = 0,
 ) -> float:
-    """Time of a graph that multiplies ``num_rows`` rows with each of ``weights`` ``[out, in]``."""
+    """Time of a graph that multiplies ``num_rows`` rows with each of ``weights`` ``[out, in]``.
+
+    ``num_empty_nodes`` kernels that do nothing stand between the products, evenly.
+    """
     inputs = {
         width: torch.randn(num_rows, width, device=device).to(weights[0].dtype)
         for width in {weight.shape[1] for weight in weights}
@@ -83,10 +91,17 @@ def matmul_graph_seconds(
         for height in {weight.shape[0] for weight in weights}
     }
 
+    is_gpu = device.type == "cuda"
+
     def products() -> None:
-        for weight in weights:
+        for index, weight in enumerate(weights):
             height, width = weight.shape
             torch.mm(inputs[width], weight.T, out=outputs[height])
+            before, after = (
+                num_empty_nodes * place // len(weights) for place in (index, index + 1)
+            )
+            for _ in range((after - before) * is_gpu):
+                torch.cuda._sleep(0)  # type: ignore[no-untyped-call]
 
     return median_seconds(device, captured(device, products), repeats)
 
@@ -103,22 +118,46 @@ def empty_nodes_seconds(device: torch.device, num_nodes: int, repeats: int) -> f
     return median_seconds(device, captured(device, nothings), repeats)
 
 
-def device_work(
-    device: torch.device, step: Callable[[], object], num_steps: int
-) -> tuple[float, float] | None:
-    """Seconds a step in which the device is busy, and kernels a step; None on a CPU.
+@dataclass(frozen=True, slots=True)
+class DeviceEvent:
+    """A kernel or a copy that the device ran, by the profiler's clock."""
 
-    Taken by the profiler, which slows the host and not the kernels: compare the first with the
-    wall time of steps that nobody watches.
+    name: str
+    begin_us: float
+    end_us: float
+
+
+def device_events(
+    device: torch.device, work: Callable[[], object], repeats: int
+) -> list[DeviceEvent] | None:
+    """What the device did in ``repeats`` calls of ``work``; None on a CPU.
+
+    The profiler slows the host and not the kernels.
     """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(num_steps):
-            step()
+        for _ in range(repeats):
+            work()
         torch.cuda.synchronize(device)
-    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
-    intervals = [(event.time_range.start, event.time_range.end) for event in events]
+    return [
+        DeviceEvent(event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events() or ()
+        if event.device_type.name == "CUDA"
+    ]
+
+
+def device_work(
+    device: torch.device, step: Callable[[], object], num_steps: int
+) -> tuple[float, float] | None:
+    """Seconds a step in which the device is busy, and kernels a step; None on a CPU.
+
+    Compare the first with the wall time of steps that nobody profiles.
+    """
+    events = device_events(device, step, num_steps)
+    if events is None:
+        return None
+    intervals = [(event.begin_us, event.end_us) for event in events]
     num_kernels = sum(not event.name.startswith("Mem") for event in events)
     return merged_length(intervals, _GRAPH_GAP_US) / 1e6 / num_steps, num_kernels / num_steps

@@ -12,6 +12,10 @@ from tools.gpu_checks.arithmetic import (
     decode_step_bytes,
     merged_length,
     prefill_flops,
+    prefill_norm_bytes,
+    prefill_product_flops,
+    prefill_rope_bytes,
+    prefill_silu_bytes,
 )
 from tools.shapes import write_model
 
@@ -34,6 +38,24 @@ def test_eight_prompts_of_2048_tokens_are_237_teraflop(folder: Path) -> None:
     model = read_model_config(folder)
     flops = prefill_flops(model, model.base_model(DType.BFLOAT16), 8, 2048)
     assert flops == pytest.approx(237e12, rel=0.005)
+
+
+def test_most_of_them_are_matrix_products(folder: Path) -> None:
+    model = read_model_config(folder)
+    base = model.base_model(DType.BFLOAT16)
+    # 6.98e9 weights of linears, 16,384 tokens; 0.53e9 of the head, 8 tokens.
+    products = prefill_product_flops(model, base, 8, 2048)
+    assert products == pytest.approx(2 * 6.98e9 * 16384, rel=0.001)
+
+
+def test_what_elementwise_kernels_must_read_and_write(folder: Path) -> None:
+    model = read_model_config(folder)
+    base = model.base_model(DType.BFLOAT16)
+    # A norm that adds to the residual: two rows of 4,096 read, two written.
+    assert prefill_norm_bytes(model, base, 10) == 10 * (63 * 4 + 2) * 4096 * 2
+    # 48 heads of 128 read, 40 written, 16 stored; 64 cosines, 64 sines.
+    assert prefill_rope_bytes(model, base, 10) == 10 * 32 * ((48 + 40 + 16) * 128 * 2 + 512)
+    assert prefill_silu_bytes(model, base, 10) == 10 * 32 * 3 * 14336 * 2
 
 
 def test_an_all_linear_adapter_takes_five_megabytes_a_rank(folder: Path) -> None:

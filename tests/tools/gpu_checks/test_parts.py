@@ -29,7 +29,7 @@ def test_with_toys_the_engine_is_as_close_to_transformers_as_its_own_rounding(
     main(["--part", "accuracy", "--device", "cpu", "--tiny", "--out", str(tmp_path)])
     document = json.loads((tmp_path / "accuracy.json").read_text())
     goals = [figure for figure in document["figures"] if figure["goal"] is not None]
-    assert len(goals) == 4
+    assert len(goals) == 6
     assert [figure["name"] for figure in goals if not figure["met"]] == []
 
 

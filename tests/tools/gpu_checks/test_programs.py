@@ -5,13 +5,8 @@ from pathlib import Path
 
 from engine.config import DeviceKind
 from tools.gpu_checks.figures import Report
-from tools.gpu_checks.programs import (
-    count_tests,
-    kernel_tests,
-    run_benchmark,
-    run_program,
-    run_tests,
-)
+from tools.gpu_checks.outcomes import count_tests, run_program
+from tools.gpu_checks.programs import kernel_tests, run_benchmark, run_tests
 from tools.gpu_checks.setting import Setting
 
 
@@ -57,12 +52,14 @@ def test_tests_that_could_not_even_start_count_as_a_failure(tmp_path: Path) -> N
 
 
 def test_kernels_are_found_by_folder_or_by_name_and_none_twice(tmp_path: Path) -> None:
-    for name in ("a/kernels/test_kernel_x.py", "b/test_lora_kernels.py", "b/test_other.py"):
+    names = ("a/kernels/test_kernel_x.py", "b/test_triton_kernels.py", "b/test_other.py")
+    for name in (*names, "b/test_triton_linear.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert kernel_tests(tmp_path) == [
         str(tmp_path / "a" / "kernels"),
-        str(tmp_path / "b" / "test_lora_kernels.py"),
+        str(tmp_path / "b" / "test_triton_kernels.py"),
+        str(tmp_path / "b" / "test_triton_linear.py"),
     ]
 
 
