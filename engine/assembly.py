@@ -76,7 +76,7 @@ class Engine:
         self._ring, chunks = open_ring(
             device, config.num_staging_chunks, config.staging_chunk_bytes
         )
-        self.placer = Placer(device, pool, chunks, crossings.submit, crossings.release)
+        self.placer = Placer(device, pool, chunks, crossings.submit)
         self.core = EngineCore(
             scheduler,
             residency,

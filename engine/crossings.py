@@ -3,11 +3,11 @@
 | from   | to     | how                                                          |
 |--------|--------|--------------------------------------------------------------|
 | I/O    | step   | a command in the core's queue                                |
-| I/O    | placer | the placer's queue                                           |
-| step   | placer | the placer's queue                                           |
+| I/O    | placer | the placer's mailbox                                         |
+| step   | placer | the placer's mailbox                                         |
 | step   | I/O    | a callback on the event loop: one a step, one a loader message |
 | placer | step   | a command in the core's queue                                |
-| placer | I/O    | a callback on the event loop, for chunks to be given back    |
+| placer | I/O    | a callback on the event loop, once a lost loader's ring is free |
 
 None of them waits.
 """
@@ -17,10 +17,12 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from engine.commands import Command, LoadBroken, LoaderConnected, LoaderLost
+from ipc.chunk_channel import ChunkChannel
 from ipc.errors import SidestreamError
 from ipc.messages import (
     AdapterId,
     ChunkReady,
+    ChunkReleased,
     EngineToLoader,
     HostTierChanged,
     LoadFailed,
@@ -34,15 +36,13 @@ class _Core(Protocol):
 
 
 class _Placer(Protocol):
-    def chunk_ready(self, chunk: ChunkReady) -> None: ...
+    def connect(self, channel: ChunkChannel[ChunkReleased, ChunkReady]) -> None: ...
 
     def reclaim(self, done: Callable[[], None]) -> None: ...
 
 
 class _Link(Protocol):
     def send(self, body: EngineToLoader) -> bool: ...
-
-    def release(self, chunk: int) -> None: ...
 
 
 class _Server(Protocol):
@@ -81,6 +81,9 @@ class Crossings:
 
     # --- From the I/O thread: what the link to the loader reports -----------------------------
 
+    def ring_granted(self, channel: ChunkChannel[ChunkReleased, ChunkReady]) -> None:
+        self._placer.connect(channel)
+
     def loader_connected(self) -> None:
         self._core.submit(LoaderConnected())
 
@@ -89,9 +92,6 @@ class Crossings:
         self._directory.loader_lost()
         self._core.submit(LoaderLost())
         self._placer.reclaim(ring_is_free)
-
-    def chunk_ready(self, chunk: ChunkReady) -> None:
-        self._placer.chunk_ready(chunk)
 
     def load_ended(self, message: LoadSent | LoadFailed) -> None:
         """A failure goes to the step thread; of success it hears when the bytes are in place."""
@@ -113,9 +113,3 @@ class Crossings:
 
     def adapter_failed(self, adapter_id: AdapterId, error: SidestreamError) -> None:
         self._loop.call_soon_threadsafe(self._directory.load_failed, adapter_id, error)
-
-    # --- From the placer thread ---------------------------------------------------------------
-
-    def release(self, chunk: int) -> None:
-        """Gives a chunk back to the loader."""
-        self._loop.call_soon_threadsafe(self._link.release, chunk)

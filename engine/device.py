@@ -6,8 +6,10 @@ a CPU both streams are the thread that calls, work is done when a call returns, 
 complete from the start.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+import ctypes
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 import torch
@@ -17,6 +19,9 @@ from engine.config import DeviceKind, ModelDType
 from engine.memory_plan import DeviceMemory
 from ipc.base_model import DType
 from ipc.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from engine.cuda_copies import StreamCopies
 
 _TORCH_DTYPES = {
     DType.FLOAT32: torch.float32,
@@ -76,17 +81,29 @@ class Device(Protocol):
     def load_stream(self) -> AbstractContextManager[object]:
         """Within it, the calling thread's work goes to the load stream.
 
-        Meant to be entered once, around a thread's whole life: ``load_stream_copy`` is cheapest
-        inside of it.
+        Meant to be entered once, around a thread's whole life.
         """
         ...
 
-    def load_stream_copy(self, destination: Tensor, source: Tensor) -> None:
-        """Enqueues a copy on the load stream; both must live until an event behind it is done."""
+    def load_stream_copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Enqueues a copy between two addresses of this device's memory on the load stream.
 
-    def record_load_event(self) -> Event:
-        """Marks the end of what the load stream was given so far."""
+        Only within ``load_stream``. Both must stay valid until an event behind it is done.
+
+        Raises:
+            Unavailable: the device refuses.
+        """
         ...
+
+    def new_load_event(self) -> Event:
+        """An event for ``record_load_event``, done as long as it has not been recorded.
+
+        Whoever waits for it sleeps meanwhile.
+        """
+        ...
+
+    def record_load_event(self, event: Event) -> None:
+        """``event`` marks the end of what the load stream was given so far, not what it did."""
 
     def record_forward_event(self) -> Event:
         """Marks the end of what the forward stream was given so far."""
@@ -142,11 +159,15 @@ class CpuDevice:
     def load_stream(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def load_stream_copy(self, destination: Tensor, source: Tensor) -> None:
-        destination.copy_(source)
+    def load_stream_copy(self, target: int, source: int, num_bytes: int) -> None:
+        # Other threads run meanwhile, as they do beside a GPU's copy.
+        ctypes.memmove(target, source, num_bytes)
 
-    def record_load_event(self) -> Event:
+    def new_load_event(self) -> Event:
         return _DoneEvent()
+
+    def record_load_event(self, event: Event) -> None:
+        pass
 
     def record_forward_event(self) -> Event:
         return _DoneEvent()
@@ -168,6 +189,7 @@ class CudaDevice:
         self._device = torch.device("cuda", index)
         self._forward = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._load = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._copies: StreamCopies | None = None
 
     @property
     def torch_device(self) -> torch.device:
@@ -198,21 +220,32 @@ class CudaDevice:
     def forward_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._forward)
 
-    def load_stream(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self._load)
+    @contextmanager
+    def load_stream(self) -> Iterator[None]:
+        if self._copies is None:
+            # Imported here alone: a machine without a GPU need not have the driver's bindings.
+            from engine.cuda_copies import StreamCopies
 
-    def load_stream_copy(self, destination: Tensor, source: Tensor) -> None:
-        if torch.cuda.current_stream(self._device) == self._load:
-            destination.copy_(source, non_blocking=True)
-        else:
-            with torch.cuda.stream(self._load):
-                destination.copy_(source, non_blocking=True)
+            self._copies = StreamCopies(self._device.index or 0, self._load.cuda_stream)
+        self._copies.enter()
+        with torch.cuda.stream(self._load):
+            yield
 
-    def record_load_event(self) -> Event:
-        return self._record(self._load)
+    def load_stream_copy(self, target: int, source: int, num_bytes: int) -> None:
+        assert self._copies is not None, "copies are given within load_stream"
+        self._copies.enqueue(target, source, num_bytes)
+
+    def new_load_event(self) -> Event:
+        return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    def record_load_event(self, event: Event) -> None:
+        assert isinstance(event, torch.cuda.Event), event
+        event.record(self._load)
 
     def record_forward_event(self) -> Event:
-        return self._record(self._forward)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._forward)
+        return event
 
     def load_stream_wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event), event
@@ -224,11 +257,6 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
-
-    def _record(self, stream: torch.cuda.Stream) -> Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream)
-        return event
 
 
 def open_device(kind: DeviceKind) -> Device:

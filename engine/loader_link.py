@@ -4,7 +4,8 @@
 |-----------|-----------------------------------------------------|-------------------------------|
 | ABSENT    | no living loader is known                           | the supervisor's pidfd: KNOWN |
 | KNOWN     | its pidfd is held                                   | ``RingRequest``: GRANTED      |
-| GRANTED   | it has the ring's descriptor, every chunk was free  | ``LoaderHello``: CONNECTED    |
+| GRANTED   | it has the ring's descriptor, every chunk was free; | ``LoaderHello``: CONNECTED    |
+|           | the placer has the connection over which it went    |                               |
 | CONNECTED | messages of this pair of epochs are heard           |                               |
 
 From every state but ABSENT the firing pidfd leads to ABSENT: only the kernel's word that the
@@ -26,6 +27,7 @@ import zmq.asyncio
 
 from ipc import handover
 from ipc.channel import RouterChannel, open_socket
+from ipc.chunk_channel import ChunkChannel
 from ipc.errors import DeadlineExceeded, error_from_info
 from ipc.messages import (
     CallId,
@@ -70,11 +72,13 @@ class LoaderEvents(Protocol):
 
     def loader_connected(self) -> None: ...
 
+    def ring_granted(self, channel: ChunkChannel[ChunkReleased, ChunkReady]) -> None:
+        """Every chunk is free. The receiver's to serve, and to close when the loader is lost."""
+        ...
+
     def loader_lost(self, ring_is_free: Callable[[], None]) -> None:
         """``ring_is_free`` must be called, on any thread, once no copy reads the ring."""
         ...
-
-    def chunk_ready(self, chunk: ChunkReady) -> None: ...
 
     def load_ended(self, message: LoadSent | LoadFailed) -> None: ...
 
@@ -152,10 +156,6 @@ class LoaderLink:
             return False
         message = FromEngine(self._grant.engine_epoch, self._epoch, body)
         return self._channel.send(self._peer, message)
-
-    def release(self, chunk: int) -> None:
-        """Gives a chunk back to the loader that announced it, if that loader is still there."""
-        self.send(ChunkReleased(chunk))
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Returns once a loader is connected. Raises ``DeadlineExceeded`` if none comes in time."""
@@ -259,6 +259,9 @@ class LoaderLink:
             self._forget_connection(connection)
             return
         self._state = LinkState.GRANTED
+        self._loop.remove_reader(connection)
+        self._connections.discard(connection)
+        self._events.ring_granted(ChunkChannel(connection, ChunkReady))
 
     def _loader_died(self) -> None:
         assert self._pidfd is not None
@@ -306,9 +309,6 @@ class LoaderLink:
         match message.body:
             case LoaderHello():
                 self._greet(peer, message.body)
-            case ChunkReady():
-                if self._is_from_connected(peer):
-                    self._events.chunk_ready(message.body)
             case LoadSent() | LoadFailed():
                 if self._is_from_connected(peer):
                     self._events.load_ended(message.body)

@@ -1,12 +1,13 @@
 """Every message that crosses a process.
 
-Three conversations, each with one tagged union per direction:
+Four conversations, each with one tagged union per direction:
 
-| conversation      | there                | back                 | socket            |
-|-------------------|----------------------|----------------------|-------------------|
-| client ↔ engine   | ``ClientMessage``    | ``EngineMessage``    | ZMQ DEALER/ROUTER |
-| engine ↔ loader   | ``EngineToLoader``   | ``LoaderToEngine``   | ZMQ ROUTER/DEALER |
-| handover          | ``HandoverMessage``  |                      | Unix SEQPACKET    |
+| conversation    | there               | back               | socket                   |
+|-----------------|---------------------|--------------------|--------------------------|
+| client ↔ engine | ``ClientMessage``   | ``EngineMessage``  | ZMQ DEALER/ROUTER        |
+| engine ↔ loader | ``EngineToLoader``  | ``LoaderToEngine`` | ZMQ ROUTER/DEALER        |
+| handover        | ``HandoverMessage`` |                    | Unix SEQPACKET           |
+| chunks          | ``ChunkReleased``   | ``ChunkReady``     | handover's, once granted |
 
 Adapter bytes never travel in a message: they lie in the staging ring, and a message says where.
 """
@@ -335,15 +336,9 @@ class Stage(msgspec.Struct, frozen=True, tag="stage"):
 
 
 class CancelLoad(msgspec.Struct, frozen=True, tag="cancel_load"):
-    """Stop a load. Chunks already announced are still released one by one."""
+    """Stop a load. Chunks that were announced, or soon are, are still released one by one."""
 
     load_id: LoadId
-
-
-class ChunkReleased(msgspec.Struct, frozen=True, tag="chunk_released"):
-    """The engine has copied the chunk, or wants none of it; it may be filled again."""
-
-    chunk: int
 
 
 class Forget(msgspec.Struct, frozen=True, tag="forget"):
@@ -353,15 +348,7 @@ class Forget(msgspec.Struct, frozen=True, tag="forget"):
 
 
 EngineToLoader = (
-    EngineHello
-    | Inspect
-    | InspectFolder
-    | ListFolder
-    | Warm
-    | Stage
-    | CancelLoad
-    | ChunkReleased
-    | Forget
+    EngineHello | Inspect | InspectFolder | ListFolder | Warm | Stage | CancelLoad | Forget
 )
 
 
@@ -392,19 +379,6 @@ class LoaderCallFailed(msgspec.Struct, frozen=True, tag="loader_call_failed"):
     error: ErrorInfo
 
 
-class ChunkReady(msgspec.Struct, frozen=True, tag="chunk_ready"):
-    """``[image_offset, image_offset + num_bytes)`` of a load's image lies in the ring.
-
-    A load's chunks come in order of their offsets, without gaps. The one that reaches the
-    image's end was sent only after the files were found unchanged behind the last read.
-    """
-
-    load_id: LoadId
-    chunk: int
-    image_offset: int
-    num_bytes: int
-
-
 class LoadTiming(msgspec.Struct, frozen=True):
     """Where a load's time went, in seconds on the loader's monotonic clock."""
 
@@ -415,14 +389,14 @@ class LoadTiming(msgspec.Struct, frozen=True):
 
 
 class LoadSent(msgspec.Struct, frozen=True, tag="load_sent"):
-    """Follows a load's last ``ChunkReady``."""
+    """The load's last ``ChunkReady`` was sent before."""
 
     load_id: LoadId
     timing: LoadTiming
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
-    """No further chunk of this load will come."""
+    """No chunk of this load is announced any more."""
 
     load_id: LoadId
     error: ErrorInfo
@@ -441,7 +415,6 @@ LoaderToEngine = (
     | Inspected
     | FolderNames
     | LoaderCallFailed
-    | ChunkReady
     | LoadSent
     | LoadFailed
     | HostTierChanged
@@ -464,6 +437,30 @@ class FromLoader(msgspec.Struct, frozen=True, array_like=True):
     body: LoaderToEngine
 
 
+# --- Chunks of the staging ring ------------------------------------------------------------------
+
+# These have no envelope: their connection is one loader's with one engine, and ends with either.
+
+
+class ChunkReady(msgspec.Struct, frozen=True, array_like=True, tag="chunk_ready"):
+    """``[image_offset, image_offset + num_bytes)`` of a load's image lies in the ring.
+
+    A load's chunks come in order of their offsets, without gaps. The one that reaches the
+    image's end was sent only after the files were found unchanged behind the last read.
+    """
+
+    load_id: LoadId
+    chunk: int
+    image_offset: int
+    num_bytes: int
+
+
+class ChunkReleased(msgspec.Struct, frozen=True, array_like=True, tag="chunk_released"):
+    """The engine has copied the chunk, or wants none of it; it may be filled again."""
+
+    chunk: int
+
+
 # --- Handover of descriptors -------------------------------------------------------------------
 
 
@@ -474,7 +471,10 @@ class LoaderProcess(msgspec.Struct, frozen=True, tag="loader_process"):
 
 
 class RingRequest(msgspec.Struct, frozen=True, tag="ring_request"):
-    """From the loader. The connection stays open: its end is the engine's end."""
+    """From the loader. The connection stays open: its end is the engine's end.
+
+    Once ``RingGrant`` has come back over it, it carries chunks alone.
+    """
 
     loader_epoch: Epoch
 

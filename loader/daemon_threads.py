@@ -44,7 +44,8 @@ class DaemonThreads:
     ) -> None:
         """Runs ``work`` on a thread; then ``done`` on the loop, with its result or its error.
 
-        An exception that is no ``SidestreamError`` is logged and becomes ``Internal``.
+        An exception that is no ``SidestreamError`` is logged and becomes ``Internal``. What comes
+        after the loop has closed is told to nobody.
         """
 
         def run() -> None:
@@ -55,7 +56,11 @@ class DaemonThreads:
             except Exception as error:
                 logger.exception("unexpected failure")
                 result = Internal(f"unexpected failure: {error}")
-            self._loop.call_soon_threadsafe(done, result)
+            try:
+                self._loop.call_soon_threadsafe(done, result)
+            except RuntimeError:
+                if not self._loop.is_closed():
+                    raise
 
         self._work.put(run)
 

@@ -4,7 +4,8 @@
 |------------|-----------------------------------------------------------------------------------|
 | handover   | connect to the engine's Unix socket, ask for the ring, map it                     |
 | hello      | connect the DEALER, send ``LoaderHello``, get ``EngineHello``                     |
-| connected  | messages, until the handover connection ends: it is as long as the engine's life  |
+| connected  | messages, until the handover connection ends: it is as long as the engine's life; |
+|            | chunks are announced and given back over it                                       |
 
 Whatever fails, it begins again at the first step.
 The engine may start after us, and start again under us; a new one has a new epoch.
@@ -23,9 +24,12 @@ import zmq.asyncio
 
 from ipc import handover
 from ipc.channel import Channel, open_socket
+from ipc.chunk_channel import ChunkChannel
 from ipc.endpoints import RunFolder
 from ipc.errors import SidestreamError, Unavailable
 from ipc.messages import (
+    ChunkReady,
+    ChunkReleased,
     EngineHello,
     EngineToLoader,
     Epoch,
@@ -94,20 +98,24 @@ class EngineConnection:
         self.target = target
         self._loader_epoch = loader_epoch
         self._channel = channel
-        self._socket = handover_socket
+        self._chunks = ChunkChannel[ChunkReady, ChunkReleased](handover_socket, ChunkReleased)
         self._loop = asyncio.get_running_loop()
-        self._receiving: asyncio.Future[FromEngine] | None = None
+        # What the engine has said; None wakes whoever waits for it when it is lost.
+        self._inbox: asyncio.Queue[EngineToLoader | ChunkReleased | None] = asyncio.Queue()
         self._lost = False
-        self._closed = False
-        handover_socket.setblocking(False)
-        self._loop.add_reader(handover_socket, self._handover_readable)
+        self._loop.add_reader(self._chunks, self._hear_chunk)
+        self._hearing = self._loop.create_task(self._hear())
 
-    def send(self, body: LoaderToEngine) -> None:
+    def send(self, body: LoaderToEngine | ChunkReady) -> None:
         """Sends to this engine; what comes after its end is dropped.
 
         An engine that reads no more, as long as the socket's limits allow, counts as lost.
         """
-        if self._closed or self._lost:
+        if self._lost:
+            return
+        if isinstance(body, ChunkReady):
+            if not self._chunks.send(body):
+                self._lose()
             return
         try:
             self._channel.send(FromLoader(self.engine_epoch, self._loader_epoch, body))
@@ -115,64 +123,57 @@ class EngineConnection:
             logger.error("the engine of epoch %d does not read", self.engine_epoch)
             self._lose()
 
-    async def receive(self) -> EngineToLoader:
+    async def receive(self) -> EngineToLoader | ChunkReleased:
         """The next message that is meant for this pair of epochs.
 
         Raises:
             EngineLostError: the engine is gone.
         """
-        while True:
-            message = await self._receive_any()
-            if (message.engine_epoch, message.loader_epoch) == (
-                self.engine_epoch,
-                self._loader_epoch,
-            ):
-                return message.body
-            logger.warning(
-                "dropped %s of epochs %d/%d; this is %d/%d",
-                type(message.body).__name__,
-                message.engine_epoch,
-                message.loader_epoch,
-                self.engine_epoch,
-                self._loader_epoch,
-            )
+        message = None if self._lost else await self._inbox.get()
+        if message is None:
+            raise EngineLostError
+        return message
 
     def close(self) -> None:
         """Ends the conversation; messages that have not left yet are dropped with it."""
-        self._closed = True
-        self._loop.remove_reader(self._socket)
-        self._socket.close()
+        self._lose()
+        self._hearing.cancel()
+        self._chunks.close()
         self._channel.close()
 
-    async def _receive_any(self) -> FromEngine:
-        if self._lost:
-            raise EngineLostError
-        self._receiving = asyncio.ensure_future(self._channel.receive())
+    async def _hear(self) -> None:
         try:
-            return await self._receiving
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._lost and task is not None and not task.cancelling():
-                raise EngineLostError from None
-            raise
+            while True:
+                message = await self._channel.receive()
+                if (message.engine_epoch, message.loader_epoch) == (
+                    self.engine_epoch,
+                    self._loader_epoch,
+                ):
+                    self._inbox.put_nowait(message.body)
+                    continue
+                logger.warning(
+                    "dropped %s of epochs %d/%d; this is %d/%d",
+                    type(message.body).__name__,
+                    message.engine_epoch,
+                    message.loader_epoch,
+                    self.engine_epoch,
+                    self._loader_epoch,
+                )
+        finally:
+            self._lose()
+
+    def _hear_chunk(self) -> None:
+        released = self._chunks.receive()
+        if released is None:
+            self._lose()
+        else:
+            self._inbox.put_nowait(released)
 
     def _lose(self) -> None:
-        self._lost = True
-        if self._receiving is not None:
-            self._receiving.cancel()
-
-    def _handover_readable(self) -> None:
-        try:
-            payload = self._socket.recv(handover.MAX_RECORD_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            payload = b""
-        if payload:
-            logger.warning("dropped an unexpected handover record of %d bytes", len(payload))
-            return
-        self._loop.remove_reader(self._socket)
-        self._lose()
+        if not self._lost:
+            self._lost = True
+            self._loop.remove_reader(self._chunks)
+            self._inbox.put_nowait(None)
 
 
 class EngineLink:

@@ -25,6 +25,9 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ipc.image import ImageLayout
 from ipc.messages import AdapterId, Generation, HostTierChanged
 from loader.free_list import FreeList
@@ -45,6 +48,9 @@ class HostImage:
     this order, and other threads look at them: ``num_ready`` bytes are in place, reading all of
     them took ``read_s``, and they are of one generation if ``verified``. Everything else belongs
     to the host tier's thread.
+
+    ``stage_addresses`` tells where each stage begins in memory, ``[num_stages]``, 0 for one without
+    bytes: for code that writes there without the GIL while it holds the image in use.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class HostImage:
         self._arena = arena
         self._pieces = _pieces(layout, extents, segment_bytes)
         self._piece_starts = [piece.start for piece in self._pieces]
+        self.stage_addresses = _addresses(layout, extents, arena)
 
     @property
     def num_bytes(self) -> int:
@@ -75,12 +82,6 @@ class HostImage:
         """Whether ``[start, stop)`` may be sent; the image's last byte only when verified."""
         return stop <= self.num_ready and (stop < self.num_bytes or self.verified)
 
-    def stage(self, stage: int) -> memoryview:
-        """A stage's bytes, writable."""
-        num_bytes = self.layout.stages[stage].num_bytes
-        start = self.extents[stage] if num_bytes else 0
-        return self._arena[start : start + num_bytes]
-
     def views(self, start: int, stop: int) -> Iterator[memoryview]:
         """The bytes ``[start, stop)`` of the image, in order, in as few pieces as they lie."""
         index = max(0, bisect_right(self._piece_starts, start) - 1)
@@ -89,6 +90,16 @@ class HostImage:
             until = min(stop, last)
             yield self._arena[position + start - first : position + until - first]
             start, index = until, index + 1
+
+
+def _addresses(
+    layout: ImageLayout, extents: dict[int, int], arena: memoryview
+) -> NDArray[np.int64]:
+    addresses = np.zeros(len(layout.stages), np.int64)
+    begin = np.frombuffer(arena, np.uint8).ctypes.data
+    for stage, position in extents.items():
+        addresses[stage] = begin + position
+    return addresses
 
 
 class _Piece(NamedTuple):

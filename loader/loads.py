@@ -23,7 +23,14 @@ from enum import Enum
 
 from ipc.base_model import BaseModel
 from ipc.errors import Cancelled, SidestreamError
-from ipc.messages import AdapterId, AdapterSource, Generation, LoaderToEngine, LoadId
+from ipc.messages import (
+    AdapterId,
+    AdapterSource,
+    ChunkReady,
+    Generation,
+    LoaderToEngine,
+    LoadId,
+)
 from ipc.ring_memory import RingTarget
 from loader.host_tier import HostTier
 from loader.inspector import OpenAdapter
@@ -81,7 +88,10 @@ class Loads:
     # --- What the engine says -----------------------------------------------------------------
 
     def attach(
-        self, base: BaseModel, target: RingTarget, send: Callable[[LoaderToEngine], None]
+        self,
+        base: BaseModel,
+        target: RingTarget,
+        send: Callable[[LoaderToEngine | ChunkReady], None],
     ) -> None:
         """Serves a new engine. Images made for another base model are forgotten."""
         if self._base is not None and self._base != base:

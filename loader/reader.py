@@ -141,7 +141,7 @@ class Reader:
         try:
             if self._before_block is not None:
                 self._before_block(block)
-            block_reader.read(block, read.image, files, read.adapter.plan.dtype)
+            block_reader.read(block, read.image, files, read.adapter.plan)
         except SidestreamError as error:
             return error
         except OSError as error:

@@ -37,7 +37,7 @@ from ipc.messages import (
 )
 from ipc.ring_memory import RingTarget
 from loader.adapter_files import AdapterFolders
-from loader.blocks import Block
+from loader.blocks import Block, BlockReader
 from loader.config import LoaderConfig
 from loader.daemon_threads import DaemonThreads
 from loader.engine_link import EngineConnection, EngineLink, EngineLostError, attach_ring
@@ -109,6 +109,9 @@ class LoaderService:
         self._loads = Loads(self._tier, self._reader, self._stager, self._open_files)
         for part in (self._inspecting, self._opening, self._stager, self._reader):
             part.start()
+        # Only reads have to wait for the compiler, while the engine is found and memory is pinned.
+        compiling = asyncio.create_task(self._opening.call(BlockReader))
+        compiling.add_done_callback(self._compiled)
         context = zmq.asyncio.Context()
         link = EngineLink(
             self._run_folder,
@@ -125,9 +128,9 @@ class LoaderService:
                 (serving, stopping, self._broken), return_when=asyncio.FIRST_COMPLETED
             )
         finally:
-            for task in (serving, stopping):
+            for task in (serving, stopping, compiling):
                 task.cancel()
-            await asyncio.wait((serving, stopping))
+            await asyncio.wait((serving, stopping, compiling))
             self._reader.stop(STOP_TIMEOUT_S)
             self._stager.stop(STOP_TIMEOUT_S)
             if self._pinner is not None:
@@ -183,7 +186,10 @@ class LoaderService:
             self._hear(await connection.receive(), connection, inspector)
 
     def _hear(
-        self, message: EngineToLoader, connection: EngineConnection, inspector: Inspector
+        self,
+        message: EngineToLoader | ChunkReleased,
+        connection: EngineConnection,
+        inspector: Inspector,
     ) -> None:
         match message:
             case Inspect(call_id, adapter_id, path):
@@ -239,6 +245,10 @@ class LoaderService:
     def _post(self, call: Callable[[], None]) -> None:
         """Runs ``call`` on the loop, in the order of posting; from any thread."""
         self._loop.call_soon_threadsafe(call)
+
+    def _compiled(self, compiling: "asyncio.Task[BlockReader]") -> None:
+        if not compiling.cancelled() and (error := compiling.exception()) is not None:
+            self._break(error)
 
     def _callback_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         loop.default_exception_handler(context)

@@ -65,7 +65,9 @@ class Load:
 class _Ring:
     """A ring of one engine: its memory, its ledger, and where its messages go."""
 
-    def __init__(self, target: RingTarget, send: Callable[[LoaderToEngine], None]) -> None:
+    def __init__(
+        self, target: RingTarget, send: Callable[[LoaderToEngine | ChunkReady], None]
+    ) -> None:
         self.target = target
         self.send = send
         self.writer = RingWriter(target.num_chunks)
@@ -122,7 +124,9 @@ class Stager:
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
 
-    def attach(self, target: RingTarget, send: Callable[[LoaderToEngine], None]) -> None:
+    def attach(
+        self, target: RingTarget, send: Callable[[LoaderToEngine | ChunkReady], None]
+    ) -> None:
         """A new ring, all of its chunks free. Owns ``target`` until ``detach``."""
         with self._may_begin:
             assert self._ring is None and not self._loads

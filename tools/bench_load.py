@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import uvloop
 
+from engine.__main__ import SWITCH_INTERVAL_S
 from engine.config import DeviceKind
 from engine.device import Device, open_device
 from engine.slot_allocator import SlotAllocator
@@ -42,14 +43,13 @@ from loader.config import LoaderConfig, default_read_threads
 from tools.child import Child
 from tools.load_adapter import WrittenAdapter, misplaced_entries, write_random_adapter
 from tools.load_baselines import GB, MiB, check_rate, copy_rate, read_rate
-from tools.load_rig import LoadRig, free_bytes
+from tools.load_path import free_bytes
+from tools.load_rig import LoadRig
 
 Figures = dict[str, Any]
 
 NUM_SLOTS = 2
 NUM_KILLS = 2
-# Seconds for which the engine's threads keep the interpreter, as in the engine.
-SWITCH_INTERVAL_S = 0.0005
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -123,7 +123,7 @@ class Bench:
 
     async def registrations(self, count: int) -> list[AdapterSource]:
         """As many adapters that the loader has never read; all are of the same file."""
-        return [await self._rig.inspect(self._adapter.folder) for _ in range(count)]
+        return [await self._rig.register(self._adapter.folder) for _ in range(count)]
 
     def _verify(self, slot: tuple[int, ...]) -> None:
         wrong = misplaced_entries(self._rig.pool, slot, self._adapter)

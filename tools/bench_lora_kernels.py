@@ -137,8 +137,9 @@ def decode_figures(tunings: Sequence[LoraTuning], is_tuning: bool) -> dict[str, 
         for tuning in tunings:
             if not concerns(tuning, "few"):
                 continue
-            step = bench.lora(tuning).graph_step(case.batch)
-            step.fill(segments_of(adapters, case.batch))
+            graph_step = bench.lora(tuning).graph_step(case.batch)
+            graph_step.fill(segments_of(adapters, case.batch))
+            step = graph_step.segments
             row: dict[str, Any] = {"case": str(case), "bound_ms": bound_ms}
             row["tuning"] = describe(tuning)
             row["launch_us"] = time_parts(bench, step, case.batch, parts_of(tuning))
@@ -270,7 +271,7 @@ def compile_kernels(wanted: Compilation) -> None:
         if wanted.rows == "few":
             graph_step = lora.graph_step(num_rows)
             graph_step.fill(segments)
-            step = graph_step
+            step = graph_step.segments
         else:
             step = only_part(lora.begin(segments))
         for launch in launches(bench, step, num_rows, parts_of(wanted.tuning), (wanted.group,)):

@@ -1,5 +1,6 @@
 """What a machine gives with nothing else to do: the rates, in GB/s, to compare loading with."""
 
+import ctypes
 import itertools
 import os
 import statistics
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 
 from engine.device import Device
-from ipc.base_model import DType
-from loader.convert import first_non_finite
+from loader.native.casts import check_bfloat16
+from loader.native.runs import Fault
 
 GB = 1e9
 MiB = 1 << 20
-# As much as one of the loader's reads takes, by default.
+# Larger ones bring nothing, smaller ones have the threads wait for each other.
 READ_BLOCK_BYTES = 4 * MiB
+_CONVERTER = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 def median_rate(num_bytes: int, repeats: int, run: Callable[[], float]) -> float:
@@ -46,42 +48,46 @@ def copy_rate(device: Device, buffer: torch.Tensor, chunk_bytes: int) -> float:
 
 def read_rate(path: Path, buffer: memoryview, num_threads: int) -> float:
     """GB/s of ``num_threads`` threads that do nothing but ``preadv`` into ``buffer``."""
+    read_seconds(path, buffer, num_threads)
+    return median_rate(buffer.nbytes, 5, lambda: read_seconds(path, buffer, num_threads))
+
+
+def read_seconds(path: Path, buffer: memoryview, num_threads: int, offset: int = 0) -> float:
+    """What one such read takes, of as many bytes from ``offset`` on.
+
+    Where in a page they begin matters: with the loader's reads compare one from the same place.
+    """
     fd = os.open(path, os.O_RDONLY)
+    blocks = itertools.count(0, READ_BLOCK_BYTES)
+    begin = threading.Barrier(num_threads + 1)
 
-    def run() -> float:
-        blocks = itertools.count(0, READ_BLOCK_BYTES)
-        begin = threading.Barrier(num_threads + 1)
-
-        def read() -> None:
-            begin.wait()
-            while (start := next(blocks)) < buffer.nbytes:
-                os.preadv(fd, [buffer[start : start + READ_BLOCK_BYTES]], start)
-
-        threads = [threading.Thread(target=read) for _ in range(num_threads)]
-        for thread in threads:
-            thread.start()
+    def read() -> None:
         begin.wait()
-        begin_s = time.perf_counter()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - begin_s
+        while (start := next(blocks)) < buffer.nbytes:
+            os.preadv(fd, [buffer[start : start + READ_BLOCK_BYTES]], offset + start)
 
-    run()
-    rate = median_rate(buffer.nbytes, 5, run)
+    threads = [threading.Thread(target=read) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    begin.wait()
+    begin_s = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - begin_s
     os.close(fd)
-    return rate
+    return seconds
 
 
 def check_rate(buffer: memoryview, tile_bytes: int) -> float:
     """GB/s of the check for finite values on one core, of bytes that are in its cache."""
-    data = np.frombuffer(buffer[:tile_bytes], np.uint16) & np.uint16(0xBFFF)
-    tile = memoryview(data.data).cast("B")
+    tile = np.frombuffer(buffer[:tile_bytes], np.uint16) & np.uint16(0xBFFF)
+    check = _CONVERTER(check_bfloat16.address)
     num_rounds = max(1, 256 * MiB // tile_bytes)
 
     def run() -> float:
         begin_s = time.perf_counter()
         for _ in range(num_rounds):
-            assert first_non_finite(tile, DType.BFLOAT16) is None
+            assert check(tile.ctypes.data, tile.ctypes.data, tile.size) == Fault.NONE
         return time.perf_counter() - begin_s
 
     run()

@@ -1,21 +1,18 @@
-"""Models' shapes and random adapters for measurements, made on the spot.
+"""Models' shapes, and random adapters of them, for measurements; made on the spot.
 
-A model is a folder with a ``config.json`` alone, for ``--load-format dummy``. An adapter is a PEFT
-folder whose tensors hold random finite bfloat16 values; its files can be linked under further
-names, so that a thousand adapters take the room of one.
+A model is a folder with a ``config.json`` alone, for ``--load-format dummy``. The files of an
+adapter can be linked under further names, so that a thousand adapters take the room of one.
 """
 
 import json
 import os
-import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.models.config import read_model_config
 from ipc.base_model import LINEAR_MODULES, DType
+from tools.load_adapter import write_random_adapter
 
 _LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -84,11 +81,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Contents of ``config.json`` by name. Source: the models' published configurations."""
 
-_HEADER_LENGTH = struct.Struct("<Q")
-# Sign and mantissa are random, the exponent is one of two: 2^-7 <= |x| < 2^-5.
-_RANDOM_BITS = 0x80FF
-_FIXED_BITS = 0x3C00
-
 
 def write_model(folder: Path, shape: str) -> Path:
     """The folder, which now holds the ``config.json`` of ``SHAPES[shape]`` and need not exist."""
@@ -104,31 +96,9 @@ def write_adapter(
     modules: Sequence[str] = LINEAR_MODULES,
     seed: int = 0,
 ) -> Path:
-    """The folder, which must not exist and now holds a PEFT adapter of ``model``'s shape.
-
-    Every layer's linears of ``modules`` have a pair of ``rank``; the scaling is 1.
-    """
+    """The folder, which must not exist and now holds a bfloat16 adapter of ``model``'s shape."""
     base = read_model_config(model).base_model(DType.BFLOAT16)
-    folder.mkdir(parents=True)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": list(modules),
-        "bias": "none",
-        "lora_dropout": 0.0,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shapes: dict[str, tuple[int, int]] = {}
-    for layer in range(base.num_layers):
-        for name in modules:
-            linear = base.linear(name)
-            prefix = f"base_model.model.model.layers.{layer}.{linear.path}"
-            shapes[f"{prefix}.lora_A.weight"] = (rank, linear.in_features)
-            shapes[f"{prefix}.lora_B.weight"] = (linear.out_features, rank)
-    _write_bfloat16(folder / "adapter_model.safetensors", shapes, np.random.default_rng(seed))
-    return folder
+    return write_random_adapter(folder, base, rank, modules, seed=seed).folder
 
 
 def link_adapters(source: Path, parent: Path, names: Iterable[str]) -> list[Path]:
@@ -141,33 +111,3 @@ def link_adapters(source: Path, parent: Path, names: Iterable[str]) -> list[Path
             os.link(path, folder / path.name)
         folders.append(folder)
     return folders
-
-
-def random_bfloat16_bits(rng: np.random.Generator, count: int) -> np.ndarray[Any, Any]:
-    """``count`` bfloat16 values as uint16: finite, of both signs, none of them near zero."""
-    bits = rng.integers(0, 1 << 16, count, dtype=np.uint16)
-    bits &= _RANDOM_BITS
-    bits |= _FIXED_BITS
-    return bits
-
-
-def _write_bfloat16(
-    path: Path, shapes: dict[str, tuple[int, int]], rng: np.random.Generator
-) -> None:
-    """Source: the safetensors format, as ``loader/safetensors_header.py`` describes it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (rows, columns) in shapes.items():
-        begin, end = end, end + 2 * rows * columns
-        header[name] = {
-            "dtype": "BF16",
-            "shape": [rows, columns],
-            "data_offsets": [begin, end],
-        }
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(_HEADER_LENGTH.pack(len(encoded)))
-        file.write(encoded)
-        for rows, columns in shapes.values():
-            file.write(random_bfloat16_bits(rng, rows * columns).data)

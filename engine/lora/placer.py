@@ -1,15 +1,18 @@
 """Copies staged chunks into pool slots, on a thread and a stream of its own.
 
-One queue feeds the thread, so that what is said of a load (it begins, a chunk of it is ready, it is
-abandoned) is carried out in the order in which it was said.
+The thread hears the loader over the connection for chunks, and the engine's other threads over a
+mailbox. What is put into the mailbox before the loader is asked for a load lies there when a chunk
+of it comes: so the mailbox is emptied between reading a chunk and looking at it.
+
+It shares the interpreter with the step loop, so a chunk is to cost it little more than a few calls
+that give the interpreter's lock away: to wait for the chunk, to read the message, one for each
+place that its bytes go to, to wait for their end, to give the chunk back. It is waited for at once:
+its copies take a fraction of the time in which the bus fills the next one.
 """
 
-import logging
-from bisect import bisect_right
-from collections import deque
+import select
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import assert_never
 
 import torch
@@ -17,12 +20,12 @@ import torch
 from engine.commands import Command, LoadAbandoned, LoadBroken, LoadPlaced
 from engine.device import Device, Event
 from engine.lora.pool import AdapterPool
+from engine.mailbox import Mailbox
+from ipc.chunk_channel import ChunkChannel
 from ipc.errors import Internal
 from ipc.image import ImageLayout
-from ipc.messages import ChunkReady, LoadId
+from ipc.messages import ChunkReady, ChunkReleased, LoadId
 from ipc.ring import RingReader
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -30,7 +33,7 @@ class Placement:
     """One load on its way into a slot: ``extents[i]`` is the arena offset of stage ``i``.
 
     ``fence`` is the event behind the last launched step that could still read these extents for
-    the adapter that was there before.
+    the adapter that was there before. ``next_offset`` is the placer's.
     """
 
     load_id: LoadId
@@ -38,6 +41,11 @@ class Placement:
     extents: tuple[int, ...]
     fence: Event
     next_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Connect:
+    channel: ChunkChannel[ChunkReleased, ChunkReady]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +59,31 @@ class _Reclaim:
 
 
 @dataclass(frozen=True, slots=True)
-class _Copying:
-    """A chunk whose copies are enqueued; ``finished`` is the load that they complete."""
-
-    chunk: int
-    copied: Event
-    finished: Placement | None
+class _Stop:
+    pass
 
 
-_Item = Placement | ChunkReady | _Abandon | _Reclaim
+@dataclass(slots=True)
+class _Load:
+    """A placement and where its next bytes go.
+
+    ``runs`` are pairs of an image offset and an address: bytes before that offset, and not before
+    the run before's, go to the address plus their own offset in the image. ``next_run`` is the one
+    of ``placement.next_offset``.
+    """
+
+    placement: Placement
+    runs: list[tuple[int, int]]
+    next_run: int = 0
+
+
+_Item = _Connect | Placement | _Abandon | _Reclaim | _Stop
 
 
 class Placer:
     """Moves bytes from the ring to the pool and reports; decides nothing.
 
-    ``post`` takes a command for the step thread, ``release`` the number of a chunk that may be
-    filled again; both are called on this thread and must not block.
+    ``post`` takes a command for the step thread; it is called on this thread and must not block.
     """
 
     def __init__(
@@ -75,130 +92,156 @@ class Placer:
         pool: AdapterPool,
         ring: tuple[torch.Tensor, ...],
         post: Callable[[Command], None],
-        release: Callable[[int], None],
     ) -> None:
         self._device = device
-        self._pool = pool
-        self._ring = ring
-        self._ledger = RingReader(len(ring))
         self._post = post
-        self._release = release
-        self._queue: SimpleQueue[_Item | None] = SimpleQueue()
-        self._placements: dict[LoadId, Placement] = {}
-        self._copying: deque[_Copying] = deque()
+        self._arena_bytes = pool.num_bytes
+        self._arena_address = pool.extent_view(0, pool.num_bytes).data_ptr()
+        self._chunk_bytes = [chunk.numel() for chunk in ring]
+        self._chunk_addresses = [chunk.data_ptr() for chunk in ring]
+        # The end of the copies out of the chunk that was taken last.
+        self._copied = device.new_load_event()
+        self._ledger = RingReader(len(ring))
+        self._mailbox: Mailbox[_Item] = Mailbox()
+        self._poll = select.poll()
+        self._poll.register(self._mailbox, select.POLLIN)
+        self._channel: ChunkChannel[ChunkReleased, ChunkReady] | None = None
+        self._loads: dict[LoadId, _Load] = {}
+
+    # --- From any thread --------------------------------------------------------------------
+
+    def connect(self, channel: ChunkChannel[ChunkReleased, ChunkReady]) -> None:
+        """The ring was granted to the loader at the other end; every chunk is free."""
+        self._mailbox.put(_Connect(channel))
 
     def begin(self, placement: Placement) -> None:
         """Chunks of this load may follow, and go where ``placement`` says."""
-        self._queue.put(placement)
-
-    def chunk_ready(self, chunk: ChunkReady) -> None:
-        """The chunk is the engine's until it is released."""
-        self._queue.put(chunk)
+        self._mailbox.put(placement)
 
     def abandon(self, load_id: LoadId) -> None:
         """Copy no more of this load; ``LoadAbandoned`` follows when none is under way."""
-        self._queue.put(_Abandon(load_id))
+        self._mailbox.put(_Abandon(load_id))
 
     def reclaim(self, done: Callable[[], None]) -> None:
         """The loader is dead: take every chunk back, then call ``done`` (on this thread)."""
-        self._queue.put(_Reclaim(done))
+        self._mailbox.put(_Reclaim(done))
 
     def stop(self) -> None:
         """Ends ``run`` after what was asked for before."""
-        self._queue.put(None)
+        self._mailbox.put(_Stop())
+
+    # --- The thread -------------------------------------------------------------------------
 
     def run(self) -> None:
-        """The thread's body. Copies overlap: a chunk is waited for only when nothing is new."""
+        """The thread's body."""
         with self._device.load_stream():
-            while (item := self._next_item()) is not None:
-                self._handle(item)
-            self._finish_all()
+            while self._turn():
+                pass
+        self._hang_up()
 
-    def _next_item(self) -> _Item | None:
-        """What was asked for next, having waited for copies meanwhile; None at the end."""
-        while self._copying:
-            try:
-                item = self._queue.get_nowait()
-            except Empty:
-                self._finish_oldest()
-            else:
-                break
-        else:
-            item = self._queue.get()
-        return item
+    def _turn(self) -> bool:
+        """Waits for something to do, and does it; False at the end."""
+        channel, chunk = self._channel, None
+        for fd, _ in self._poll.poll():
+            if fd == self._mailbox.fileno():
+                self._mailbox.acknowledge()
+            elif channel is not None and (chunk := channel.receive()) is None:
+                self._hang_up()
+        # Also without having been woken: what was said before the chunk comes before it.
+        while (item := self._mailbox.take()) is not None:
+            if isinstance(item, _Stop):
+                return False
+            self._carry_out(item)
+        # A chunk of a loader that turned out to be dead is nobody's, and may be granted again.
+        if chunk is not None and channel is self._channel:
+            self._take(chunk)
+        return True
 
-    def _handle(self, item: _Item) -> None:
+    def _carry_out(self, item: _Connect | Placement | _Abandon | _Reclaim) -> None:
         match item:
             case Placement():
-                self._placements[item.load_id] = item
-                self._device.load_stream_wait(item.fence)
-            case ChunkReady():
-                self._take(item)
+                self._loads[item.load_id] = _Load(item, self._runs(item))
             case _Abandon():
-                self._finish_all()
-                self._placements.pop(item.load_id, None)
+                self._loads.pop(item.load_id, None)
                 self._post(LoadAbandoned(item.load_id))
+            case _Connect():
+                assert self._channel is None, "the ring is granted to one loader at a time"
+                self._channel = item.channel
+                self._poll.register(item.channel, select.POLLIN)
             case _Reclaim():
-                self._finish_all()
                 still_held = self._ledger.reclaim()
                 assert not still_held, still_held
+                self._hang_up()
                 item.done()
             case _:
                 assert_never(item)
 
+    def _hang_up(self) -> None:
+        """No message of this loader is heard any more. What it had announced stays announced."""
+        if self._channel is not None:
+            self._poll.unregister(self._channel)
+            self._channel.close()
+            self._channel = None
+
+    # --- Chunks -----------------------------------------------------------------------------
+
     def _take(self, ready: ChunkReady) -> None:
         self._ledger.ready(ready.chunk)
-        placement = self._placements.get(ready.load_id)
-        if placement is None:
-            # The load was abandoned while this chunk was on its way.
-            self._ledger.free(ready.chunk)
-            self._release(ready.chunk)
+        load = self._loads.get(ready.load_id)
+        if load is None:
+            # It was abandoned while this chunk was on its way.
+            self._give_back(ready.chunk)
             return
-        problem = _misfit(placement, ready, self._ring[ready.chunk].numel())
+        problem = _misfit(load.placement, ready, self._chunk_bytes[ready.chunk])
         if problem is not None:
-            del self._placements[ready.load_id]
-            self._ledger.free(ready.chunk)
-            self._release(ready.chunk)
+            del self._loads[ready.load_id]
+            self._give_back(ready.chunk)
             self._post(LoadBroken(ready.load_id, Internal(problem).info))
             return
         self._ledger.copying(ready.chunk)
-        self._copy(placement, ready)
-        placement.next_offset += ready.num_bytes
-        finished = placement.next_offset == placement.layout.num_bytes
-        copied = self._device.record_load_event()
-        self._copying.append(_Copying(ready.chunk, copied, placement if finished else None))
+        self._copy(load, ready)
+        self._give_back(ready.chunk)
+        if load.placement.next_offset == load.placement.layout.num_bytes:
+            del self._loads[ready.load_id]
+            self._post(LoadPlaced(ready.load_id))
 
-    def _copy(self, placement: Placement, ready: ChunkReady) -> None:
-        """Enqueues one contiguous copy for every stage that the chunk touches."""
-        stages = placement.layout.stages
-        start, end = ready.image_offset, ready.image_offset + ready.num_bytes
-        source = self._ring[ready.chunk]
-        stage = bisect_right(stages, start, key=lambda s: s.offset) - 1
-        position = start
+    def _copy(self, load: _Load, ready: ChunkReady) -> None:
+        """One contiguous copy for every run of the load that the chunk touches."""
+        position = load.placement.next_offset
+        if position == 0:
+            # Only now, when it has most likely passed: other loads' copies stand behind it, too.
+            self._device.load_stream_wait(load.placement.fence)
+        end = position + ready.num_bytes
+        source = self._chunk_addresses[ready.chunk] - position
         while position < end:
-            layout = stages[stage]
-            until = min(end, layout.offset + layout.num_bytes)
-            if until > position:
-                target = self._pool.extent_view(
-                    placement.extents[stage] + position - layout.offset, until - position
-                )
-                self._device.load_stream_copy(target, source[position - start : until - start])
-                position = until
-            stage += 1
+            run_end, target = load.runs[load.next_run]
+            until = min(end, run_end)
+            self._device.load_stream_copy(target + position, source + position, until - position)
+            position = until
+            if until == run_end:
+                load.next_run += 1
+        self._device.record_load_event(self._copied)
+        self._copied.synchronize()
+        load.placement.next_offset = end
 
-    def _finish_all(self) -> None:
-        while self._copying:
-            self._finish_oldest()
+    def _runs(self, placement: Placement) -> list[tuple[int, int]]:
+        """Stages whose extents touch as they do in the image are one run."""
+        runs: list[tuple[int, int]] = []
+        for stage, extent in zip(placement.layout.stages, placement.extents, strict=True):
+            if not stage.num_bytes:
+                continue
+            assert 0 <= extent <= self._arena_bytes - stage.num_bytes, (extent, stage.num_bytes)
+            target = self._arena_address + extent - stage.offset
+            if runs and runs[-1][1] == target:
+                runs.pop()
+            runs.append((stage.offset + stage.num_bytes, target))
+        return runs
 
-    def _finish_oldest(self) -> None:
-        copying = self._copying.popleft()
-        copying.copied.synchronize()
-        self._ledger.free(copying.chunk)
-        self._release(copying.chunk)
-        if copying.finished is not None:
-            placement = copying.finished
-            self._placements.pop(placement.load_id, None)
-            self._post(LoadPlaced(placement.load_id))
+    def _give_back(self, chunk: int) -> None:
+        self._ledger.free(chunk)
+        # A loader that can not hear it is about to be found dead, or to start over.
+        if self._channel is not None:
+            self._channel.send(ChunkReleased(chunk))
 
 
 def _misfit(placement: Placement, ready: ChunkReady, chunk_bytes: int) -> str | None:

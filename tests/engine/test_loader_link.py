@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -15,11 +16,13 @@ from engine.loader_link import LoaderLink
 from ipc import handover
 from ipc.base_model import BaseModel, DType
 from ipc.channel import Channel, open_socket
+from ipc.chunk_channel import ChunkChannel
 from ipc.errors import AdapterInvalid, DeadlineExceeded
 from ipc.messages import (
     AdapterId,
     CallId,
     ChunkReady,
+    ChunkReleased,
     EngineHello,
     Epoch,
     FromEngine,
@@ -47,18 +50,18 @@ class Events:
 
     def __init__(self) -> None:
         self.log: list[str] = []
-        self.chunks: list[ChunkReady] = []
+        self.channels: list[ChunkChannel[ChunkReleased, ChunkReady]] = []
         self.give_back: Callable[[], None] | None = None
 
     def loader_connected(self) -> None:
         self.log.append("connected")
 
+    def ring_granted(self, channel: ChunkChannel[ChunkReleased, ChunkReady]) -> None:
+        self.channels.append(channel)
+
     def loader_lost(self, ring_is_free: Callable[[], None]) -> None:
         self.log.append("lost")
         self.give_back = ring_is_free
-
-    def chunk_ready(self, chunk: ChunkReady) -> None:
-        self.chunks.append(chunk)
 
     def load_ended(self, message: LoadSent | LoadFailed) -> None:
         self.log.append(f"ended {message.load_id}")
@@ -127,6 +130,15 @@ class ScriptedLoader:
         self.say(LoaderHello(1024))
         assert isinstance((await self.channel.receive()).body, EngineHello)
 
+    def announce_chunk(self, chunk: ChunkReady) -> None:
+        assert self._ring is not None
+        self._ring.send(msgspec.msgpack.encode(chunk))
+
+    def hang_up(self) -> None:
+        """Its connection ends; the process lives on."""
+        assert self._ring is not None
+        self._ring.close()
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -164,6 +176,8 @@ def with_link(folder: Path, body: Body) -> None:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
             link.close()
+            for channel in events.channels:
+                channel.close()
             os.close(ring_fd)
             context.term()
 
@@ -231,13 +245,49 @@ def test_messages_of_other_epochs_are_dropped_and_counted(tmp_path: Path) -> Non
         loader, older = ScriptedLoader(folder, 2), ScriptedLoader(folder, 1)
         await loader.join(context)
         older.connect(context)
-        older.say(ChunkReady(LoadId(1), 0, 0, 4096))
-        loader.say(ChunkReady(LoadId(2), 1, 0, 4096), engine_epoch=6)
+        error = AdapterInvalid("of another epoch").info
+        older.say(LoadFailed(LoadId(1), error))
+        loader.say(LoadFailed(LoadId(2), error), engine_epoch=6)
         await until(lambda: link.num_stale_messages == 2)
-        loader.say(ChunkReady(LoadId(3), 2, 0, 4096))
-        await until(lambda: bool(events.chunks))
-        assert [chunk.load_id for chunk in events.chunks] == [3]
+        loader.say(LoadFailed(LoadId(3), error))
+        await until(lambda: "ended 3" in events.log)
+        assert events.log == ["connected", "ended 3"]
         older.kill()
+        loader.kill()
+
+    with_link(tmp_path, body)
+
+
+def test_chunks_come_over_the_connection_that_the_ring_was_granted_on(tmp_path: Path) -> None:
+    async def body(
+        link: LoaderLink, events: Events, context: zmq.asyncio.Context, folder: Path
+    ) -> None:
+        loader = ScriptedLoader(folder, 1)
+        await loader.join(context)
+        (channel,) = events.channels
+        loader.announce_chunk(ChunkReady(LoadId(3), 2, 0, 4096))
+        assert channel.receive() == ChunkReady(LoadId(3), 2, 0, 4096)
+        loader.kill()
+
+    with_link(tmp_path, body)
+
+
+def test_a_loader_that_asks_for_the_ring_again_gets_it_once_its_copies_are_over(
+    tmp_path: Path,
+) -> None:
+    async def body(
+        link: LoaderLink, events: Events, context: zmq.asyncio.Context, folder: Path
+    ) -> None:
+        loader = ScriptedLoader(folder, 1)
+        await loader.join(context)
+        loader.hang_up()
+        loader.request_ring()
+        await until(lambda: "lost" in events.log)
+        assert loader.has_no_grant()
+        assert events.give_back is not None
+        events.give_back()
+        await loader.granted()
+        assert len(events.channels) == 2
         loader.kill()
 
     with_link(tmp_path, body)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-import socket
+import select
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import zmq.asyncio
 from ipc import handover
 from ipc.base_model import BaseModel
 from ipc.channel import RouterChannel, open_socket
+from ipc.chunk_channel import ChunkChannel
 from ipc.endpoints import RunFolder
 from ipc.messages import (
     AdapterId,
@@ -80,7 +81,8 @@ class ScriptedEngine:
         zmq_socket.bind(run_folder.loader_endpoint)
         self.channel: RouterChannel[FromEngine, FromLoader] = RouterChannel(zmq_socket, FromLoader)
         self._listener = handover.listen(run_folder.handover_path)
-        self._handover: socket.socket | None = None
+        self._chunks: ChunkChannel[ChunkReleased, ChunkReady] | None = None
+        self._receiving: asyncio.Future[tuple[bytes, LoaderToEngine]] | None = None
         self.peer = b""
         self._num_calls = 0
 
@@ -88,7 +90,6 @@ class ScriptedEngine:
         """Waits for a loader's request and gives it the ring."""
         loop = asyncio.get_running_loop()
         connection, _ = await loop.sock_accept(self._listener)
-        self._handover = connection
         readable = asyncio.Event()
         loop.add_reader(connection, readable.set)
         await readable.wait()
@@ -97,6 +98,7 @@ class ScriptedEngine:
         assert received == (RingRequest(LOADER_EPOCH), None)
         grant = RingGrant(self.epoch, self._kind, self.ring.num_chunks, self.ring.chunk_bytes)
         handover.send(connection, grant, self.ring.fd)
+        self._chunks = ChunkChannel(connection, ChunkReady)
 
     async def greet(self) -> LoaderHello:
         """Waits for the loader's hello and answers it."""
@@ -123,12 +125,36 @@ class ScriptedEngine:
             if message.engine_epoch == self.epoch:
                 return peer, message.body
 
-    async def _next_any(self) -> LoaderToEngine:
-        peer, message = await self._receive()
-        assert peer == self.peer
-        return message
+    async def _next_any(self) -> LoaderToEngine | ChunkReady:
+        """Of what has come both ways a chunk goes first: the end of its load was sent later."""
+        assert self._chunks is not None
+        if self._receiving is None:
+            self._receiving = asyncio.ensure_future(self._receive())
+        while True:
+            if select.select([self._chunks], [], [], 0)[0]:
+                chunk = self._chunks.receive()
+                assert chunk is not None, "the loader has hung up"
+                return chunk
+            if self._receiving.done():
+                peer, message = self._receiving.result()
+                self._receiving = None
+                assert peer == self.peer
+                return message
+            await self._chunk_or(self._receiving)
 
-    async def next(self) -> LoaderToEngine:
+    async def _chunk_or(self, message: asyncio.Future[tuple[bytes, LoaderToEngine]]) -> None:
+        """Returns when there is a chunk or a message, or both."""
+        assert self._chunks is not None
+        loop, came = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._chunks, came.set)
+        chunk = asyncio.ensure_future(came.wait())
+        try:
+            await asyncio.wait((chunk, message), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            chunk.cancel()
+            loop.remove_reader(self._chunks)
+
+    async def next(self) -> LoaderToEngine | ChunkReady:
         """The next message; changes of the host tier are noted and skipped."""
         while isinstance(message := await self._next_any(), HostTierChanged):
             self._note(message)
@@ -149,7 +175,7 @@ class ScriptedEngine:
     def _note(self, change: HostTierChanged) -> None:
         self.resident = (self.resident | set(change.added)) - set(change.removed)
 
-    async def call(self, make: Callable[[CallId], EngineToLoader]) -> LoaderToEngine:
+    async def call(self, make: Callable[[CallId], EngineToLoader]) -> LoaderToEngine | ChunkReady:
         """The answer to one call."""
         self._num_calls += 1
         self.send(make(CallId(self._num_calls)))
@@ -168,10 +194,14 @@ class ScriptedEngine:
     def stage(self, load_id: int, source: AdapterSource) -> None:
         self.send(Stage(LoadId(load_id), source))
 
+    def release(self, chunk: ChunkReady) -> None:
+        assert self._chunks is not None
+        assert self._chunks.send(ChunkReleased(chunk.chunk))
+
     def take(self, chunk: ChunkReady) -> bytes:
         """Copies a chunk out of the ring and gives it back."""
         payload = bytes(self.ring.chunk(chunk.chunk)[: chunk.num_bytes])
-        self.send(ChunkReleased(chunk.chunk))
+        self.release(chunk)
         return payload
 
     async def collect(self, *load_ids: int, others_may_speak: bool = False) -> dict[int, Ended]:
@@ -199,9 +229,11 @@ class ScriptedEngine:
 
     def close(self) -> None:
         """Dies: every socket is closed at once."""
-        for connection in (self._handover, self._listener):
-            if connection is not None:
-                connection.close()
+        self._listener.close()
+        if self._chunks is not None:
+            self._chunks.close()
+        if self._receiving is not None:
+            self._receiving.cancel()
         self.channel.close()
         self._context.destroy(linger=0)
         self.ring.close()

@@ -56,8 +56,9 @@ def inspect(folder: Path, dtype: DType) -> tuple[Manifest, bytes]:
     adapter = inspector.open(AdapterSource(manifest.path, manifest.generation))
     image = HostTier(1 << 22).reserve(manifest.generation, adapter.plan.layout, [])
     assert image is not None
+    reader = BlockReader()
     for block in cut(adapter.plan, 10_000):
-        BlockReader().read(block, image, adapter.files, dtype)
+        reader.read(block, image, adapter.files, adapter.plan)
     adapter.files.close()
     return manifest, b"".join(image.views(0, image.num_bytes))
 

@@ -66,6 +66,15 @@ def test_loader_is_ready_before_there_is_an_engine_and_ends_when_told(run_folder
     assert not run_folder.exists()
 
 
+def test_loader_that_compiles_ends_cleanly_when_told(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "empty"))
+    with loader(run_folder) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+
+
 def test_loader_serves_one_engine_after_the_other(run_folder: Path, tmp_path: Path) -> None:
     expected = image_bytes(BASE, write_adapter(tmp_path / "adapters/a", BASE))
 

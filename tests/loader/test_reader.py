@@ -164,6 +164,23 @@ def test_overflow_is_refused_with_its_tensor(tmp_path: Path) -> None:
     assert read.error.message == f"tensor '{name}' has a value too great for float16"
 
 
+def test_read_that_fails_is_told_with_the_systems_reason(tmp_path: Path) -> None:
+    base = base_model()
+    write_adapter(tmp_path / "a", base)
+    source, adapter = opened(tmp_path / "a", base)
+    write_only = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
+    # As a disk that fails, so may a descriptor.
+    os.dup2(write_only, adapter.files.fds[1])
+    reading = Reading(1 << 20)
+    read = reading.reader.begin(reading.room(source, adapter), adapter)
+    reading.reader.start()
+    assert reading.ended.get(timeout=DEADLINE_S) is read
+    reading.reader.stop(DEADLINE_S)
+    os.close(write_only)
+    assert read.error is not None and not read.image.verified
+    assert read.error.message == f"can not read {tmp_path / 'a'}: Bad file descriptor"
+
+
 def rewrite(path: Path, payload: bytes) -> None:
     with path.open("r+b") as file:
         file.write(payload)

@@ -1,5 +1,6 @@
 """The loader answers its engine, and outlives engines."""
 
+import asyncio
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ipc.endpoints import RunFolder
-from ipc.errors import ErrorCode
+from ipc.errors import ErrorCode, Internal
 from ipc.messages import (
     AdapterId,
     EngineHello,
@@ -26,6 +27,8 @@ from ipc.messages import (
     Stage,
     Warm,
 )
+from loader.config import LoaderConfig
+from loader.service import LoaderService
 from tests.adapters import base_model
 from tests.loader.scenario import BASE, Gate, adapters, connected, ended, run
 from tests.loader.scripted_engine import LOADER_EPOCH, ScriptedEngine, serving
@@ -183,6 +186,23 @@ def test_second_hello_is_ignored(folder: Path) -> None:
         async with connected(folder) as engine:
             engine.send(EngineHello(BASE, 8))
             assert isinstance(await engine.call(ListFolder), FolderNames)
+
+    run(scenario())
+
+
+def test_service_ends_when_what_reads_can_not_be_compiled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise ImportError("no compiler")
+
+    monkeypatch.setattr("loader.service.BlockReader", refuse)
+
+    async def scenario() -> None:
+        stop = asyncio.Event()
+        service = LoaderService(LoaderConfig(host_tier_bytes=1024), LOADER_EPOCH, RunFolder(folder))
+        with pytest.raises(Internal, match="no compiler"):
+            await service.run(stop)
 
     run(scenario())
 

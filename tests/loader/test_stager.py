@@ -62,7 +62,7 @@ class Bench:
     def __init__(self, num_chunks: int = 2, ring: HostRing | None = None) -> None:
         self.tier = HostTier(1 << 20)
         self.ring = HostRing.create(num_chunks, CHUNK_BYTES) if ring is None else ring
-        self.sent: queue.Queue[LoaderToEngine] = queue.Queue()
+        self.sent: queue.Queue[LoaderToEngine | ChunkReady] = queue.Queue()
         self.ended: queue.Queue[Load] = queue.Queue()
         self.stager = Stager(self.ended.put)
         self.stager.attach(self.ring, self.sent.put)
@@ -96,7 +96,7 @@ class Bench:
         image.num_ready, image.verified = num_ready, verified
         self.stager.wake()
 
-    def next(self) -> LoaderToEngine:
+    def next(self) -> LoaderToEngine | ChunkReady:
         return self.sent.get(timeout=DEADLINE_S)
 
     def next_chunk(self) -> ChunkReady:

@@ -10,9 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.adapter_actions import BeginLoad, InstallAdapter
-from engine.adapter_demand import AdapterDemand
-from engine.adapter_slots import AdapterSlots
-from engine.block_manager import BlockManager
 from engine.commands import AddAdapter, AddRequest, CancelRequest, LoaderConnected, LoadPlaced
 from engine.compute import Compute, build_compute
 from engine.config import EngineConfig
@@ -20,9 +17,6 @@ from engine.core import EngineCore
 from engine.device import Device, open_device, torch_dtype
 from engine.lora.placer import Placer
 from engine.lora.slots import PoolSlots
-from engine.residency import AdapterResidency
-from engine.scheduler import Scheduler, SchedulerLimits
-from engine.slot_allocator import SlotAllocator
 from ipc.errors import Internal
 from ipc.image import layout_image
 from ipc.messages import (
@@ -35,6 +29,7 @@ from ipc.messages import (
     TokenDelta,
 )
 from tools.gpu_checks.arithmetic import all_linear_modules
+from tools.gpu_checks.policy import build_policy
 
 _CLIENT = b"check"
 # Of the values of an adapter's matrices, uniform around zero: its part of an output stays well
@@ -50,7 +45,7 @@ class _FilledSlots:
         self._dtype = torch_dtype(compute.dtype)
         self._device = device
         # Without a ring: no chunk ever comes, and the placer's thread is not started.
-        placer = Placer(device, compute.pool, (), lambda command: None, lambda chunk: None)
+        placer = Placer(device, compute.pool, (), lambda command: None)
         self._pool_slots = PoolSlots(device, placer, compute.tables)
         self.begun: list[LoadId] = []
         self.installed: dict[AdapterId, InstallAdapter] = {}
@@ -98,29 +93,12 @@ class LiveEngine:
     def __init__(self, config: EngineConfig) -> None:
         self.device = open_device(config.device)
         self.compute = build_compute(config, self.device)
-        base, num_blocks = self.compute.base, self.compute.num_blocks
-        slots = AdapterSlots(SlotAllocator(config.max_adapter_bytes))
-        residency = AdapterResidency(base, slots)
-        blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
-        self._scheduler = Scheduler(
-            SchedulerLimits(
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_sequence_tokens=min(
-                    self.compute.model.max_model_len, num_blocks * config.block_size
-                ),
-                max_adapter_wait_s=config.max_adapter_wait_s,
-                eos_token_ids=frozenset(),
-            ),
-            blocks,
-            residency,
-            AdapterDemand(residency, slots, config.adapter_load_timeout_s),
-        )
+        policy = build_policy(config, self.compute)
         self._slots = _FilledSlots(self.compute, self.device)
         self._core = EngineCore(
-            scheduler=self._scheduler,
-            residency=residency,
-            blocks=blocks,
+            scheduler=policy.scheduler,
+            residency=policy.residency,
+            blocks=policy.blocks,
             runner=self.compute.runner,
             slots=self._slots,
             overlap_steps=self.device.is_asynchronous,

@@ -1,0 +1,145 @@
+"""Fills an image from its files in one call without the GIL, tile by tile.
+
+A tile is read, then checked or converted while it lies in a core's cache. Where the file's bytes
+are the image's it is read right where it belongs, otherwise into scratch memory.
+"""
+
+import errno
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loader.native.compiler import (
+    INTEGER,
+    array,
+    call,
+    compiled,
+    error_number,
+    inlined,
+    integers,
+    memcpy,
+    memset,
+    pread,
+)
+from loader.native.runs import CONVERSION, RUN, Fault
+
+# Of bfloat16 512 KiB, half of a common second-level cache. The larger a read, the faster the system
+# copies: on one core of an EPYC 8 GB/s by 16 KiB, 11 GB/s by 256 KiB, 13 GB/s by 1 MiB.
+TILE_VALUES = 1 << 18
+# What is widened in one go, so that float32 does not leave the first-level cache.
+STEP_VALUES = 1 << 13
+_TILE_BYTES = 4 * TILE_VALUES
+SCRATCH_BYTES = 2 * _TILE_BYTES + 4 * STEP_VALUES
+"""A tile as it was read, and before its rows are set apart; a step of it in float32."""
+
+_INTEGERS = array(np.dtype(np.int64))
+
+
+@inlined
+def _read(fd: int, offset: int, target: int, num_bytes: int) -> tuple[int, int]:
+    """Reads all of ``num_bytes``; a ``Fault`` and its detail."""
+    stop = offset + num_bytes
+    while offset < stop:
+        count = pread(fd, target, stop - offset, offset)
+        if count == 0:
+            return Fault.ENDED.value, offset
+        if count > 0:
+            target += count
+            offset += count
+        elif error_number()[0] != errno.EINTR:
+            return Fault.READ_FAILED.value, error_number()[0]
+    return Fault.NONE.value, 0
+
+
+@inlined
+def _convert(conversion: np.void, raw: int, made: int, num_values: int, singles: int) -> int:
+    """Makes ``made`` of ``raw``, by way of ``singles`` if need be; a ``Fault``."""
+    widen, narrow, check = conversion["widen"], conversion["narrow"], conversion["check"]
+    fault = 0
+    for first in range(0, num_values, STEP_VALUES):
+        count = min(STEP_VALUES, num_values - first)
+        source = raw + first * conversion["source_bytes"]
+        target = made + first * conversion["target_bytes"]
+        if widen != 0:
+            wide = target if narrow == 0 else singles
+            fault = call(widen, source, wide, count)
+            source = wide
+        if fault == 0 and narrow != 0:
+            fault = call(narrow, source, target, count)
+        if fault == 0 and check != 0:
+            fault = call(check, target, target, count)
+        if fault != 0:
+            break
+    return fault
+
+
+@inlined
+def _set_apart(rows: int, num_rows: int, num_bytes: int, target: int, target_bytes: int) -> None:
+    """Copies rows of ``num_bytes`` that touch to where each has ``target_bytes``, zeros behind."""
+    for _ in range(num_rows):
+        memcpy(target, rows, num_bytes)
+        memset(target + num_bytes, 0, target_bytes - num_bytes)
+        rows += num_bytes
+        target += target_bytes
+
+
+@inlined
+def _fill_run(
+    run: np.void, conversion: np.void, fd: int, place: int, scratch: int
+) -> tuple[int, int]:
+    """Fills a run that begins at address ``place``; a ``Fault`` and its detail."""
+    in_place = conversion["widen"] == 0 and conversion["narrow"] == 0
+    value_bytes = conversion["target_bytes"]
+    rows, columns, entry_columns = run["rows"], run["columns"], run["entry_columns"]
+    if columns == entry_columns:
+        # Rows that touch are as good as one.
+        columns = entry_columns = rows * columns
+        rows = min(rows, 1)
+    offset = run["file_offset"]
+    rows_at_once = max(1, TILE_VALUES // max(1, columns))
+    for row in range(0, rows, rows_at_once):
+        num_rows = min(rows_at_once, rows - row)
+        # One tile, but for one row that is wider.
+        for first in range(0, num_rows * columns, TILE_VALUES):
+            num_values = min(TILE_VALUES, num_rows * columns - first)
+            num_bytes = num_values * conversion["source_bytes"]
+            made = scratch if num_rows > 1 else place + first * value_bytes
+            raw = made if in_place else scratch + _TILE_BYTES
+            fault, detail = _read(fd, offset, raw, num_bytes)
+            if fault == 0:
+                fault = _convert(conversion, raw, made, num_values, scratch + 2 * _TILE_BYTES)
+            if fault != 0:
+                return fault, detail
+            offset += num_bytes
+        row_bytes, entry_bytes = columns * value_bytes, entry_columns * value_bytes
+        if num_rows > 1:
+            _set_apart(scratch, num_rows, row_bytes, place, entry_bytes)
+        else:
+            memset(place + row_bytes, 0, entry_bytes - row_bytes)
+        place += num_rows * entry_bytes
+    memset(place, 0, run["num_zeros"])
+    return Fault.NONE.value, 0
+
+
+@compiled(integers(3), array(RUN), array(CONVERSION), _INTEGERS, _INTEGERS, INTEGER)
+def fill(
+    runs: NDArray[np.void],
+    conversions: NDArray[np.void],
+    fds: NDArray[np.int64],
+    stages: NDArray[np.int64],
+    scratch: int,
+) -> tuple[int, int, int]:
+    """Fills all ``runs``, or tells of the first that has a fault: ``(fault, run, detail)``.
+
+    ``runs`` and ``conversions`` are as ``runs.py`` describes them. ``fds`` are the open files;
+    ``stages`` are the addresses of the image's stages, and ``scratch`` that of ``SCRATCH_BYTES``
+    that nobody else uses meanwhile.
+    """
+    for index in range(runs.size):
+        run = runs[index]
+        conversion = conversions[run["conversion"]]
+        place = stages[run["stage"]] + run["stage_offset"]
+        fault, detail = _fill_run(run, conversion, fds[run["file"]], place, scratch)
+        if fault != 0:
+            return fault, index, detail
+    return Fault.NONE.value, 0, 0
