@@ -23,9 +23,15 @@ from engine.kernels.paged_decode import paged_decode
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope_kv import rope_kv
 from engine.kernels.silu_mul import silu_mul
+from engine.lora.kernels.expand_few import expand_few
+from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
+from engine.lora.kernels.shrink_few import shrink_few
+from engine.lora.launches import LoraTuning
+from engine.lora.work import UNIT_WORDS
 
 _TARGET = GPUTarget("cuda", 90, 32)
 _NUM_ROWS = 4
+_NUM_PROCESSORS = 132
 
 
 class _NoDevice:
@@ -76,7 +82,7 @@ def launches() -> dict[str, Callable[[], object]]:
     turn = HeadRotation(rotation, None, 1e-5, integers)
     turn_and_norm = HeadRotation(rotation, norms, 1e-5, integers)
     tables = torch.zeros(_NUM_ROWS, 2, dtype=torch.int32)
-    workspace = DecodeWorkspace(32, 8, 128, 132, torch.device("cpu"), overlaps=True)
+    workspace = DecodeWorkspace(32, 8, 128, _NUM_PROCESSORS, torch.device("cpu"), overlaps=True)
 
     def decode(turn: HeadRotation | None, rows: Tensor | None = None) -> None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -84,7 +90,51 @@ def launches() -> dict[str, Callable[[], object]]:
             out, query, key, value, keys, keys, tables, integers, 32, workspace, rows, turn
         )
 
+    def shrink() -> None:
+        max_rows, tile_rows = _NUM_ROWS, tuning.tile_few_rows
+        shrink_few(
+            x,
+            weights,
+            scratch,
+            units,
+            qkv_shape,
+            0,
+            max_rows,
+            tile_rows,
+            _NUM_PROCESSORS,
+            tuning.shrink_few,
+            True,
+        )
+
+    def expand() -> None:
+        num_splits, _ = tuning.shrink_few.cut_row(qkv_shape.in_features)
+        expand_few(
+            qkv,
+            weights,
+            scratch,
+            units,
+            qkv_shape,
+            0,
+            num_splits,
+            _NUM_ROWS,
+            tuning.tile_few_rows,
+            _NUM_PROCESSORS,
+            tuning.expand_few,
+            True,
+        )
+
+    tuning = LoraTuning()
+    qkv_shape = GroupShape(0, 3, 4096, (0, 4096, 5120), (4096, 1024, 1024))
+    records = torch.zeros(2, 1, 7, 8, dtype=torch.int64)
+    weights = Weights(tensor(64), records, records.view(torch.int32), records.view(torch.float32))
+    units = torch.zeros(1 + tuning.unit_shape().max_units(_NUM_ROWS), UNIT_WORDS, dtype=torch.int32)
+    scratch = Scratch(
+        _NUM_ROWS, 16 * _NUM_ROWS, 1 << 20, 3 * len(units), 256, x.dtype, torch.device("cpu")
+    )
+
     return {
+        "shrink_few": shrink,
+        "expand_few": expand,
         "rms_norm": lambda: rms_norm(x, weight, 1e-5, overlaps=True),
         "add_rms_norm": lambda: add_rms_norm(x, x, weight, 1e-5, overlaps=True),
         "silu_mul": lambda: silu_mul(x, overlaps=True),

@@ -41,6 +41,12 @@ def test_every_path_waits_before_it_writes_or_ends(name: str, folder: Path) -> N
     assert hasty_instructions(ptx) == []
 
 
+@pytest.mark.slow
+def test_adapters_of_several_rows_stream_through_shared_memory(folder: Path) -> None:
+    # Without what the compiler must know of the addresses, it would wait for every load.
+    assert "cp.async.cg.shared.global" in (folder / "shrink_few.ptx").read_text()
+
+
 def test_a_write_or_an_end_before_the_wait_is_found() -> None:
     waits = "griddepcontrol.wait; // dummy\n st.global.b32 [%rd1], %r1;\n ret;"
     assert hasty_instructions(ENTRY % waits) == []
