@@ -10,6 +10,7 @@ from engine.adapter_demand import AdapterDemand
 from engine.adapter_slots import MAX_RESIDENT_ADAPTERS, AdapterSlots
 from engine.adapters import AdapterDirectory
 from engine.block_manager import BlockManager
+from engine.cohorts import Cohorts
 from engine.compute import build_compute
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -25,6 +26,7 @@ from engine.scheduler import Scheduler, SchedulerLimits
 from engine.server import EngineServer
 from engine.slot_allocator import SlotAllocator
 from engine.stats import Capacities
+from engine.step_costs import StepCosts
 from engine.validation import RequestLimits
 from ipc.endpoints import RunFolder
 from ipc.messages import EngineHello, Epoch, RingGrant
@@ -59,6 +61,9 @@ class Engine:
             max_model_len=model.max_model_len,
             kv_tokens=num_blocks * config.block_size,
         )
+        cohorts = None
+        if config.adapter_cohorts:
+            cohorts = Cohorts(StepCosts(), config.max_num_batched_tokens, config.max_num_seqs)
         scheduler = Scheduler(
             SchedulerLimits(
                 max_num_seqs=config.max_num_seqs,
@@ -70,6 +75,7 @@ class Engine:
             blocks,
             residency,
             demand,
+            cohorts,
         )
 
         crossings = Crossings()

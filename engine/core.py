@@ -75,6 +75,7 @@ logger = logging.getLogger(__name__)
 # How long the thread sleeps at most when nothing can run. It bounds how late an expired wait is
 # noticed, and costs nothing otherwise: a command wakes the thread at once.
 IDLE_WAIT_S = 0.25
+LEAST_WAIT_S = 0.0005
 OVERLOADED_RETRY_S = 1.0
 
 
@@ -135,7 +136,8 @@ class EngineCore:
         self._slots = slots
         self._overlap_steps = overlap_steps
         # In the order of their launches.
-        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep, float]] = deque()
+        self._completed_s = 0.0
         self._max_waiting = max_waiting
         self._deliver = deliver
         self._send_to_loader = send_to_loader
@@ -174,7 +176,8 @@ class EngineCore:
         plan = self._scheduler.schedule(now_s)
         self._carry_out_actions()
         if plan.chunks:
-            self._in_flight.append((plan, self._runner.launch(plan)))
+            launched_s = time.monotonic()
+            self._in_flight.append((plan, self._runner.launch(plan), launched_s))
             self._scheduler.launched(plan)
         busy = bool(self._in_flight)
         # With nothing new to run, only what is in flight can lead to something.
@@ -185,8 +188,13 @@ class EngineCore:
     def _complete_steps(self, num_left: int) -> None:
         """Waits for the oldest steps, until ``num_left`` are in flight."""
         while len(self._in_flight) > num_left:
-            plan, step = self._in_flight.popleft()
-            for progress in self._scheduler.complete(plan, step.wait()):
+            plan, step, launched_s = self._in_flight.popleft()
+            sampled = step.wait()
+            now_s = time.monotonic()
+            # The device began it when it was launched, or behind the step before.
+            self._scheduler.step_took(plan.num_tokens, now_s - max(launched_s, self._completed_s))
+            self._completed_s = now_s
+            for progress in self._scheduler.complete(plan, sampled):
                 self._report(progress)
             self._num_steps += 1
 
@@ -194,7 +202,7 @@ class EngineCore:
 
     def _take_commands(self, wait: bool) -> bool:
         """Carries out what is in the queue, at first waiting for something; False at the end."""
-        timeout_s = IDLE_WAIT_S if wait else 0.0
+        timeout_s = self._idle_wait_s() if wait else 0.0
         while True:
             try:
                 command = self._commands.get(block=timeout_s > 0, timeout=timeout_s or None)
@@ -204,6 +212,13 @@ class EngineCore:
                 return False
             self.carry_out(command)
             timeout_s = 0.0
+
+    def _idle_wait_s(self) -> float:
+        """How long nothing but a command can bring something to run."""
+        held_until_s = self._scheduler.held_until_s
+        if held_until_s is None:
+            return IDLE_WAIT_S
+        return min(IDLE_WAIT_S, max(LEAST_WAIT_S, held_until_s - time.monotonic()))
 
     def carry_out(self, command: Command) -> None:
         """Does what another thread asked for."""

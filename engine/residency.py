@@ -26,6 +26,7 @@ from engine.adapter_actions import (
     RemoveAdapter,
 )
 from engine.adapter_slots import AdapterSlots, AdapterState, PooledAdapter
+from engine.load_forecast import Arrival, LoadForecast
 from ipc.base_model import BaseModel
 from ipc.errors import AdapterInvalid, Internal, SidestreamError, Unavailable
 from ipc.image import ImageLayout, layout_image
@@ -63,6 +64,7 @@ class AdapterResidency:
     ) -> None:
         self.stats = ResidencyStats()
         self._slots = slots
+        self._forecast = LoadForecast()
         self._adapters: dict[AdapterId, PooledAdapter] = {}
         self._loads: dict[LoadId, PooledAdapter] = {}
         # Pinned ones that are to be loaded without a request.
@@ -106,6 +108,14 @@ class AdapterResidency:
     def tiers(self) -> dict[AdapterId, Residency]:
         """``tier`` of every registered adapter."""
         return {adapter_id: self.tier(adapter_id) for adapter_id in self._adapters}
+
+    def arrivals(self, now_s: float) -> list[Arrival]:
+        """When the adapters that are LOADING are expected to be RESIDENT, in their order.
+
+        Empty as long as no load has shown how long one takes.
+        """
+        loads = ((a.adapter_id, a.layout.num_bytes, a.load_began_s) for a in self.loads())
+        return list(self._forecast.arrivals(loads, now_s))
 
     @property
     def pool_bytes_used(self) -> int:
@@ -221,6 +231,7 @@ class AdapterResidency:
         self.stats.num_loads += 1
         self.stats.loaded_bytes += adapter.layout.num_bytes
         self.stats.load_seconds += now_s - adapter.load_began_s
+        self._forecast.placed(adapter.layout.num_bytes, adapter.load_began_s, now_s)
         self._actions.append(
             InstallAdapter(adapter.adapter_id, adapter.manifest, adapter.layout, adapter.extents)
         )

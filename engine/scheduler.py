@@ -10,9 +10,12 @@ A step takes, within ``max_num_batched_tokens``:
 When a decode finds no block, the running sequence that arrived last goes back to waiting and is
 computed anew later; its place in the queue is still that of its arrival.
 
-No sequence waits for another one's adapter, but for this: once a sequence has waited for a slot
-longer than ``max_adapter_wait_s``, no later one is admitted with an unpinned adapter, so that the
-slots fall idle and one of them becomes free. Sequences of the base model go on.
+Where cohorts are wanted, sequences that could begin with their adapter are held back for others
+whose adapters are about to arrive, if that makes the sum of their waits shorter.
+
+Else no sequence waits for another one's adapter, but for this: once a sequence has waited for a
+slot longer than ``max_adapter_wait_s``, no later one is admitted with an unpinned adapter, so that
+the slots fall idle and one of them becomes free. Sequences of the base model go on.
 
 Steps overlap: step n+1 is scheduled and launched while step n runs, so before it is known which
 tokens n draws. A sequence whose newest token is *pending* is scheduled like any other; only if it
@@ -40,6 +43,7 @@ from dataclasses import dataclass
 
 from engine.adapter_demand import AdapterDemand
 from engine.block_manager import BlockManager
+from engine.cohorts import Cohorts
 from engine.plan import SampledToken, ScheduledChunk, SequenceProgress, StepPlan
 from engine.residency import AdapterResidency
 from engine.sequence import Sequence, SequenceId, SequenceState
@@ -74,12 +78,16 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Counters since the start. A preempted sequence's prompt counts once."""
+    """Counters since the start. A preempted sequence's prompt counts once.
+
+    ``num_held_steps`` are those that could have begun a prefill which was held back for a cohort.
+    """
 
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_held_steps: int = 0
 
 
 class Scheduler:
@@ -97,12 +105,16 @@ class Scheduler:
         blocks: BlockManager,
         residency: AdapterResidency,
         demand: AdapterDemand,
+        cohorts: Cohorts | None = None,
     ) -> None:
+        """``cohorts`` None: nobody is held back for others."""
         self.stats = SchedulerStats()
         self._limits = limits
         self._blocks = blocks
         self._residency = residency
         self._demand = demand
+        self._cohorts = cohorts
+        self._held_until_s: float | None = None
         self._waiting = WaitingQueue()
         # In order of arrival.
         self._running: list[Sequence] = []
@@ -133,6 +145,16 @@ class Scheduler:
         So it is when a token is pending in a sequence with penalties: the next draw counts it.
         """
         return any(each.num_pending_tokens and each.has_penalty for each in self._running)
+
+    @property
+    def held_until_s(self) -> float | None:
+        """When ``schedule`` may find more to do by itself; None if only an event can bring that."""
+        return self._held_until_s
+
+    def step_took(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens kept the device busy for so long."""
+        if self._cohorts is not None:
+            self._cohorts.costs.observe(num_tokens, seconds)
 
     def add(self, sequence: Sequence) -> None:
         """The sequence waits; its adapter is in demand from the next ``schedule`` on.
@@ -267,14 +289,21 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def _admit(self, chunks: list[ScheduledChunk], budget: int, now_s: float) -> None:
+        self._held_until_s = None
         if not self._has_room(budget) or not len(self._waiting):
             return
+        if self._cohorts is not None:
+            self._held_until_s = self._cohorts.held_until_s(
+                self._waiting, self._residency, len(self._running), now_s
+            )
+        is_held = self._held_until_s is not None
+        self.stats.num_held_steps += is_held
         overdue = self._find_overdue(now_s)
 
         def is_admissible(sequence: Sequence) -> bool:
             if sequence.adapter_id is None:
                 return True
-            if not self._residency.is_resident(sequence.adapter_id):
+            if is_held or not self._residency.is_resident(sequence.adapter_id):
                 return False
             if overdue is None or sequence.sequence_id < overdue.sequence_id:
                 return True

@@ -66,6 +66,10 @@ class WaitingQueue:
         """The earliest that waits with this adapter. Raises ``KeyError``."""
         return self._queues[adapter_id][0]
 
+    def waiting_for(self, adapter_id: AdapterId) -> list[Sequence]:
+        """All that wait with this adapter, in order of arrival; not to be changed."""
+        return self._queues.get(adapter_id, [])
+
     def num_waiting(self, adapter_id: AdapterId) -> int:
         return len(self._queues.get(adapter_id, ()))
 

@@ -76,7 +76,8 @@ class Option:
         """What ``add_argument`` is to be told besides the flag."""
         keywords = {"dest": self.dest, "default": argparse.SUPPRESS}
         if self.parse is None:
-            return {**keywords, "action": "store_false", "help": self.help}
+            action = "store_false" if self.default else "store_true"
+            return {**keywords, "action": action, "help": self.help}
         default = _describe(self.default, self.parse is parse_size)
         return {
             **keywords,
@@ -274,6 +275,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             parse_seconds,
             "SECONDS",
             "A load that takes longer fails, and its requests with it.",
+        ),
+        Option(
+            "--adapter-cohorts",
+            EngineConfig,
+            "adapter_cohorts",
+            None,
+            "",
+            "Hold a prefill back for adapters about to arrive, where that makes all waits shorter.",
         ),
         Option(
             "--staging-chunks",

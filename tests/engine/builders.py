@@ -3,10 +3,12 @@
 from engine.adapter_demand import AdapterDemand
 from engine.adapter_slots import AdapterSlots
 from engine.block_manager import BlockManager
+from engine.cohorts import Cohorts
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Sequence, SequenceId
 from engine.slot_allocator import SlotAllocator
+from engine.step_costs import StepCosts
 from ipc.base_model import BaseModel, DType, LinearShape
 from ipc.image import AdapterModule, layout_image
 from ipc.messages import AdapterId, Generation, Manifest, RequestId, SamplingParams
@@ -77,6 +79,7 @@ class Policy:
         max_sequence_tokens: int = 64,
         max_adapter_wait_s: float = 2.0,
         load_timeout_s: float = 60.0,
+        cohorts: bool = False,
     ) -> None:
         self.pool = SlotAllocator(pool_bytes)
         self.slots = AdapterSlots(self.pool)
@@ -90,4 +93,11 @@ class Policy:
             max_adapter_wait_s,
             frozenset({EOS}),
         )
-        self.scheduler = Scheduler(limits, self.blocks, self.residency, self.demand)
+        self.step_costs = StepCosts()
+        self.scheduler = Scheduler(
+            limits,
+            self.blocks,
+            self.residency,
+            self.demand,
+            Cohorts(self.step_costs, max_num_batched_tokens, max_num_seqs) if cohorts else None,
+        )

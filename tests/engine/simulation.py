@@ -53,10 +53,11 @@ class SimulatedLoad:
 class Simulation:
     """One engine's life; ``tick`` is one turn of the step loop, with all that may happen in it.
 
-    With ``overlap`` a step stays in flight from one turn to the next.
+    With ``overlap`` a step stays in flight from one turn to the next; with ``cohorts`` prefills may
+    be held back for others.
     """
 
-    def __init__(self, rng: random.Random, overlap: bool) -> None:
+    def __init__(self, rng: random.Random, overlap: bool, cohorts: bool = False) -> None:
         self.rng = rng
         self.overlap = overlap
         self.device = LateDevice(BLOCK_SIZE, self._see_adapter)
@@ -71,6 +72,7 @@ class Simulation:
             max_sequence_tokens=MAX_SEQUENCE_TOKENS,
             max_adapter_wait_s=WAIT_LIMIT_S,
             load_timeout_s=LOAD_TIMEOUT_S,
+            cohorts=cohorts,
         )
         self.now_s = 0.0
         self.sequences: list[Sequence] = []
@@ -182,6 +184,7 @@ class Simulation:
             self.num_overlapped += bool(self.in_flight)
             self.in_flight.append((plan, self.device.launch(plan)))
             policy.scheduler.launched(plan)
+            policy.scheduler.step_took(plan.num_tokens, self.rng.uniform(0.02, 0.04))
         if cancels_while_running:
             self.cancel()
         self._complete_steps(num_left=1 if self.overlap and plan.chunks else 0)

@@ -25,7 +25,7 @@ def test_a_thousand_more_machines_misbehave(case: int, overlap: bool, seed: int)
 def simulate(case: int, overlap: bool, seed: int) -> None:
     """Four hundred steps of arrivals, cancellations, registrations and dying loaders."""
     rng = random.Random(f"{seed}-{case}")
-    simulation = Simulation(rng, overlap)
+    simulation = Simulation(rng, overlap, cohorts=case % 2 == 1)
     for _ in range(4):
         simulation.register(pinned=False)
     arrivals = rng.choice((0.15, 0.4, 0.8))

@@ -413,3 +413,48 @@ def test_an_ended_sequences_adapter_is_free_although_a_step_in_flight_reads_it()
     policy.scheduler.schedule(0.0)
     actions = [type(action).__name__ for action in policy.residency.take_actions()]
     assert actions[-2:] == ["RemoveAdapter", "BeginLoad"]
+
+
+def _with_a_second_adapter_expected() -> Policy:
+    """At 10 ms adapter 1 is placed, as large as adapter 2, which so is expected at 20 ms.
+
+    A step takes 20 ms, whatever is in it.
+    """
+    policy = Policy(pool_bytes=4 * IMAGE_BYTES, cohorts=True)
+    policy.residency.loader_connected()
+    for number in (1, 2):
+        policy.residency.add(AdapterId(number), make_manifest(number), pinned=False)
+    policy.step_costs.observe(1, 0.020)
+    policy.step_costs.observe(63, 0.020)
+    _add(policy, make_sequence(0, [1] * 4, adapter_id=1), make_sequence(1, [1] * 4, adapter_id=2))
+    assert not policy.scheduler.schedule(0.0).chunks
+    first, _ = (a for a in policy.residency.take_actions() if isinstance(a, BeginLoad))
+    policy.residency.load_placed(first.load_id, 0.010)
+    return policy
+
+
+def test_a_prefill_is_held_for_an_adapter_that_is_about_to_arrive() -> None:
+    policy = _with_a_second_adapter_expected()
+    assert not policy.scheduler.schedule(0.012).chunks
+    assert policy.scheduler.held_until_s == pytest.approx(0.020)
+    assert policy.scheduler.stats.num_held_steps == 1
+    (load,) = policy.residency.loads()
+    assert load.load_id is not None
+    policy.residency.load_placed(load.load_id, 0.019)
+    plan = policy.scheduler.schedule(0.019)
+    assert [chunk.sequence.sequence_id for chunk in plan.chunks] == [0, 1]
+    assert policy.scheduler.held_until_s is None
+
+
+def test_base_rows_are_not_held_for_a_cohort() -> None:
+    policy = _with_a_second_adapter_expected()
+    _add(policy, make_sequence(2, [1] * 4))
+    plan = policy.scheduler.schedule(0.012)
+    assert [chunk.sequence.sequence_id for chunk in plan.chunks] == [2]
+
+
+def test_an_adapter_that_is_late_holds_nobody() -> None:
+    policy = _with_a_second_adapter_expected()
+    assert not policy.scheduler.schedule(0.019).chunks
+    plan = policy.scheduler.schedule(0.021)
+    assert [chunk.sequence.sequence_id for chunk in plan.chunks] == [0]

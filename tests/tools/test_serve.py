@@ -75,6 +75,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--max-lora-rank", "64", 64),
     ("--max-adapter-wait", "0.5", 0.5),
     ("--adapter-load-timeout", "11", 11.0),
+    ("--adapter-cohorts", "", True),
     ("--staging-chunks", "2", 2),
     ("--staging-chunk-size", "64KiB", 64 << 10),
     ("--read-threads", "97", 97),
