@@ -18,11 +18,15 @@ from rich.markup import escape
 
 from api.config import ApiConfig
 from ipc.errors import InvalidRequest, SidestreamError
+from tools.bench.command import run_bench
+from tools.bench.options import add_bench_arguments
+from tools.bench.plan import plan_bench
 from tools.client_commands import (
     GenerateOptions,
     generate,
     list_adapters,
     load_adapter,
+    prefetch_adapters,
     unload_adapter,
 )
 from tools.http_client import HttpClient
@@ -77,7 +81,7 @@ def make_parser() -> Parser:
 
     adapters = commands.add_parser(
         "adapters",
-        help="List, load and unload a running server's adapters.",
+        help="List, load, unload and prefetch a running server's adapters.",
         description="Changes and shows which adapters a running server has.",
     )
     actions = adapters.add_subparsers(required=True, metavar="ACTION")
@@ -101,6 +105,10 @@ def make_parser() -> Parser:
     unloading.add_argument("name", metavar="NAME", help="The adapter's name.")
     _add_url(unloading)
     unloading.set_defaults(run=_unload_adapter)
+    prefetching = actions.add_parser("prefetch", help="Announce adapters that are likely to come.")
+    prefetching.add_argument("names", nargs="+", metavar="NAME", help="An adapter's name.")
+    _add_url(prefetching)
+    prefetching.set_defaults(run=_prefetch_adapters)
 
     generating = commands.add_parser(
         "generate",
@@ -133,6 +141,14 @@ def make_parser() -> Parser:
     )
     _add_url(generating)
     generating.set_defaults(run=_generate)
+
+    benching = commands.add_parser(
+        "bench",
+        help="Measure servers under a workload.",
+        description="Sends a workload to one server, or to one after the other, and measures it.",
+    )
+    add_bench_arguments(benching)
+    benching.set_defaults(run=_bench)
     return parser
 
 
@@ -205,6 +221,12 @@ def _unload_adapter(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _prefetch_adapters(arguments: argparse.Namespace) -> int:
+    for name, level in prefetch_adapters(_client(arguments), arguments.names).items():
+        print(f"{name} lies in {level}")
+    return 0
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     options = GenerateOptions(
@@ -214,6 +236,14 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(text, end="", flush=True)
     print()
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        plan = plan_bench(arguments)
+    except InvalidRequest as error:
+        return _fail(error.message, status=2)
+    return run_bench(plan)
 
 
 if __name__ == "__main__":
