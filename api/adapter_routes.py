@@ -9,18 +9,22 @@ from api.bodies import decode_body, read_body
 from api.config import ApiConfig
 from api.engine_client import EngineClient
 from api.error_responses import RequestRefused, model_not_found
-from api.openai_requests import LoadAdapterRequest, UnloadAdapterRequest
-from api.openai_responses import Model, ModelList
+from api.openai_requests import (
+    LoadAdapterRequest,
+    PrefetchAdaptersRequest,
+    UnloadAdapterRequest,
+)
+from api.openai_responses import Model, ModelList, PrefetchedAdapter, PrefetchedAdapters
 from api.sse import json_response
 from ipc.errors import AdapterConflict, InvalidRequest, SidestreamError
 from ipc.messages import AdapterList
 
 # What the engine calls a field, and what the client did.
-_FIELDS = {"name": "lora_name", "path": "lora_path"}
+_FIELDS = {"name": "lora_name", "path": "lora_path", "names": "lora_names"}
 
 
 class AdapterRoutes:
-    """Lists the models; registers and forgets adapters."""
+    """Lists the models; registers and forgets adapters, and hints at them."""
 
     def __init__(self, config: ApiConfig, engine: EngineClient) -> None:
         self._config = config
@@ -68,6 +72,28 @@ class AdapterRoutes:
         except SidestreamError as error:
             raise _with_client_fields(error) from None
         return PlainTextResponse(f"Success: LoRA adapter '{call.lora_name}' removed successfully.")
+
+    async def prefetch(self, request: Request) -> Response:
+        """``POST /v1/prefetch_lora_adapters``. Waits for none of them to come."""
+        call = decode_body(await self._body(request), PrefetchAdaptersRequest)
+        if not call.lora_names:
+            raise InvalidRequest(
+                "lora_names: expected an array that is not empty", param="lora_names"
+            )
+        for place, name in enumerate(call.lora_names):
+            _check_not_empty(f"lora_names[{place}]", name)
+        try:
+            adapters = await self._engine.prefetch_adapters(call.lora_names)
+        except SidestreamError as error:
+            raise _with_client_fields(error) from None
+        return json_response(
+            PrefetchedAdapters(
+                data=[
+                    PrefetchedAdapter(lora_name=adapter.name, residency=adapter.residency.value)
+                    for adapter in adapters
+                ]
+            )
+        )
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self._config.max_body_bytes, self._config.body_timeout_s)

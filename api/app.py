@@ -47,6 +47,8 @@ def build_app(
             Route("/v1/models/{model:path}", adapters.get_model),
             Route("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
             Route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
+            Route("/v1/prefetch_lora_adapters", adapters.prefetch, methods=["POST"]),
+            Route("/prefetch_lora_adapters", adapters.prefetch, methods=["POST"]),
             Route("/health", status.health),
             Route("/ready", status.ready),
             Route("/metrics", status.metrics),

@@ -45,6 +45,8 @@ from ipc.messages import (
     GetStats,
     ListAdapters,
     LoadAdapter,
+    PrefetchAdapters,
+    Prefetching,
     Registered,
     RequestId,
     SamplingParams,
@@ -62,7 +64,7 @@ RECONNECT_INTERVAL_MS = 50
 RECONNECT_INTERVAL_MAX_MS = 1_000
 
 Answer = TypeVar("Answer")
-EngineAnswer = Welcome | Registered | Unregistered | AdapterList | EngineStats
+EngineAnswer = Welcome | Registered | Unregistered | Prefetching | AdapterList | EngineStats
 
 
 class Timeouts(msgspec.Struct, frozen=True):
@@ -203,7 +205,14 @@ class EngineClient:
                 answer = self._calls.get(call_id)
                 if answer is not None and not answer.done():
                     answer.set_exception(error_from_info(error))
-            case Welcome() | Registered() | Unregistered() | AdapterList() | EngineStats():
+            case (
+                Welcome()
+                | Registered()
+                | Unregistered()
+                | Prefetching()
+                | AdapterList()
+                | EngineStats()
+            ):
                 answer = self._calls.get(message.call_id)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
@@ -314,6 +323,21 @@ class EngineClient:
         await self._call(
             lambda call_id: UnloadAdapter(call_id, name), Unregistered, self._timeouts.call_s
         )
+
+    async def prefetch_adapters(self, names: list[str]) -> list[AdapterStatus]:
+        """Hints at adapters that are likely to be asked for; how they are now, in that order.
+
+        Raises:
+            AdapterNotFound: some names mean nothing; none of the others is hinted at either.
+            SidestreamError: as ``stats``, and if one of them can not be served.
+        """
+        _ = self.welcome
+        answer = await self._call(
+            lambda call_id: PrefetchAdapters(call_id, names),
+            Prefetching,
+            self._timeouts.load_adapter_s,
+        )
+        return answer.adapters
 
     async def _call(
         self,

@@ -219,6 +219,12 @@ class UnloadAdapterRequest(msgspec.Struct, frozen=True):
     lora_name: str
 
 
+class PrefetchAdaptersRequest(msgspec.Struct, frozen=True):
+    """``POST /v1/prefetch_lora_adapters``: adapters that are likely to be asked for."""
+
+    lora_names: list[str]
+
+
 def _template_message(message: ChatMessage, path: str) -> dict[str, str]:
     if message.tool_calls:
         raise InvalidRequest(

@@ -140,3 +140,17 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class PrefetchedAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that was hinted at; ``residency`` is the fastest tier that holds all of it."""
+
+    lora_name: str
+    residency: str
+
+
+class PrefetchedAdapters(msgspec.Struct, frozen=True, kw_only=True):
+    """In the order in which the names were given, each once."""
+
+    object: Literal["list"] = "list"
+    data: list[PrefetchedAdapter]

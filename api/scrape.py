@@ -66,6 +66,14 @@ class Scrape(Collector):
         yield gauge("sidestream:pool_bytes_total", "The pool's size.", stats.pool_bytes_total)
         yield gauge("sidestream:pool_bytes_used", "In use of it.", stats.pool_bytes_used)
         yield counter("sidestream:steps", "Forward passes.", stats.steps_total)
+        yield counter(
+            "sidestream:step_waits", "Steps that waited for adapters.", stats.step_waits_total
+        )
+        yield counter(
+            "sidestream:step_wait_seconds",
+            "How long they did, in sum.",
+            stats.step_wait_seconds_total,
+        )
         yield counter("sidestream:adapter_loads", "Loads done.", stats.adapter_loads_total)
         yield counter(
             "sidestream:adapter_load_failures", "Loads failed.", stats.adapter_load_failures_total

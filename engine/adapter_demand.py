@@ -11,6 +11,9 @@ MAX_WARM = 64
 """Adapters beyond those being loaded that the loader is told of."""
 
 
+_Seen = tuple[tuple[AdapterId, ...], int, int, int]
+
+
 class AdapterDemand:
     """Turns the order in which adapters are waited for into loads and evictions.
 
@@ -30,7 +33,7 @@ class AdapterDemand:
         self._loader_away_since_s: float | None = None
         # What the last look at the whole queue went by: with hundreds of adapters waiting it
         # costs as much as the rest of a step, and mostly nothing has changed.
-        self._seen: tuple[tuple[AdapterId, ...], int, int] | None = None
+        self._seen: _Seen | None = None
 
     def blocked_since_s(self, adapter_id: AdapterId) -> float | None:
         """Since when it has been waited for and found no room; None if it is not."""
@@ -40,9 +43,11 @@ class AdapterDemand:
         """Begins every load that there is room for, in the strict order of the queue.
 
         ``order`` names the adapters that sequences wait for, in order of the earliest of each.
-        Pinned adapters that nobody waits for yet come last. The loader is asked to warm its host
-        tier for those that find no room. A load that takes longer than ``load_timeout_s``, or a
-        loader that is away for longer, fails the requests that wait for it.
+        Pinned adapters that nobody waits for yet come last; then, one at a time and only into
+        room that is free, those that are hinted at. The loader is asked to warm its host tier for
+        those that find no room, and behind them for the hints. A load that takes longer than
+        ``load_timeout_s``, or a loader that is away for longer, fails the requests that wait for
+        it.
         """
         self._fail_late_loads(now_s)
         if not self._residency.loader_is_connected:
@@ -59,8 +64,9 @@ class AdapterDemand:
         self._blocked_since_s = {adapter: before.get(adapter, now_s) for adapter in blocked}
         self._seen = self._see(order)
 
-    def _see(self, order: tuple[AdapterId, ...]) -> tuple[tuple[AdapterId, ...], int, int]:
-        return order, self._slots.version, self._residency.num_loaders
+    def _see(self, order: tuple[AdapterId, ...]) -> _Seen:
+        residency = self._residency
+        return order, self._slots.version, residency.hints_version, residency.num_loaders
 
     def _begin_loads(self, order: tuple[AdapterId, ...], now_s: float) -> list[AdapterId]:
         """Returns those that found no room, in order."""
@@ -82,7 +88,21 @@ class AdapterDemand:
         for adapter in self._residency.preloads():
             if not blocked and self._find_room(adapter, position):
                 self._residency.begin_load(adapter, now_s)
+        if not blocked and not self._residency.preloads():
+            self._begin_hinted_load(now_s)
         return blocked
+
+    def _begin_hinted_load(self, now_s: float) -> None:
+        """Takes room that is free, while nothing is being loaded.
+
+        So a request that comes now finds at most this one load ahead of its own.
+        """
+        if self._residency.loads():
+            return
+        for adapter in self._residency.hinted():
+            if self._slots.reserve(adapter):
+                self._residency.begin_load(adapter, now_s)
+                return
 
     def _find_room(self, adapter: PooledAdapter, position: Mapping[AdapterId, int]) -> bool:
         if self._slots.reserve(adapter):
@@ -97,9 +117,11 @@ class AdapterDemand:
         if self._warmed_loader != self._residency.num_loaders:
             self._warmed_loader = self._residency.num_loaders
             self._warm = []
-        if blocked[:MAX_WARM] != self._warm:
-            self._warm = blocked[:MAX_WARM]
-            self._residency.warm([self._residency.adapter(adapter) for adapter in self._warm])
+        hinted = [adapter.adapter_id for adapter in self._residency.hinted()]
+        warm = (blocked + hinted)[:MAX_WARM]
+        if warm != self._warm:
+            self._warm = warm
+            self._residency.warm([self._residency.adapter(adapter) for adapter in warm])
 
     def _fail_late_loads(self, now_s: float) -> None:
         message = f"the adapter was not loaded within {self._load_timeout_s:g} s"

@@ -11,11 +11,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
-from engine.commands import AddAdapter, Command, RemoveAdapter
+from engine.commands import AddAdapter, Command, PrefetchAdapters, RemoveAdapter
 from engine.config import StartAdapter
 from engine.loader_link import LoaderLink
 from engine.registry import RegisteredAdapter, Registry, Reservation
@@ -23,10 +23,12 @@ from ipc.errors import (
     AdapterInvalid,
     AdapterNotFound,
     ErrorInfo,
+    InvalidRequest,
     SidestreamError,
     error_from_info,
 )
 from ipc.messages import (
+    MAX_PREFETCH_HINTS,
     AdapterId,
     AdapterStatus,
     CallId,
@@ -146,6 +148,43 @@ class AdapterDirectory:
             self._submit(RemoveAdapter(adapter.adapter_id))
         logger.info("adapter %d (%s) is unloaded", adapter.adapter_id, name)
 
+    async def prefetch(self, names: list[str]) -> list[RegisteredAdapter]:
+        """Hints at adapters that are likely to be asked for; each once, in the order of ``names``.
+
+        Raises:
+            InvalidRequest: more names than there are hints.
+            AdapterNotFound: nothing has some of the names, and which; nothing was hinted at.
+            SidestreamError: one of them can not be served, and which; nothing was hinted at.
+        """
+        names = list(dict.fromkeys(names))
+        if len(names) > MAX_PREFETCH_HINTS:
+            raise InvalidRequest(
+                f"expected at most {MAX_PREFETCH_HINTS} adapters, got {len(names)}",
+                param="names",
+            )
+        await self._check_known(names)
+        await asyncio.gather(*map(self._resolve_named, names))
+        found = {name: self._registry.find(name) for name in names}
+        if None in found.values():
+            raise _not_found([name for name, adapter in found.items() if adapter is None])
+        adapters = [adapter for adapter in found.values() if adapter is not None]
+        self._submit(PrefetchAdapters(tuple(adapter.adapter_id for adapter in adapters)))
+        return adapters
+
+    async def _check_known(self, names: list[str]) -> None:
+        unknown = [name for name in names if self._registry.find(name) is None]
+        if unknown and self._has_folder:
+            in_folder = set(await self._list_folder())
+            unknown = [name for name in unknown if name not in in_folder]
+        if unknown:
+            raise _not_found(unknown)
+
+    async def _resolve_named(self, name: str) -> None:
+        try:
+            await self.resolve(name)
+        except SidestreamError as error:
+            raise _about(name, error) from error
+
     async def load_at_start(self, adapters: tuple[StartAdapter, ...]) -> None:
         """Registers the command line's adapters, in place of the catalog's of the same name.
 
@@ -158,8 +197,7 @@ class AdapterDirectory:
         try:
             await self.load(adapter.name, adapter.path, adapter.pinned, replace=True)
         except SidestreamError as error:
-            named = f"adapter {adapter.name!r}: {error.message}"
-            raise error_from_info(msgspec.structs.replace(error.info, message=named)) from error
+            raise _about(adapter.name, error) from error
 
     async def take_up_catalog(self) -> None:
         """Inspects what an earlier engine had registered; failures are logged, and met again by
@@ -178,15 +216,24 @@ class AdapterDirectory:
         """
         if not self._has_folder or not self._link.connected:
             return []
+        return [name for name in await self._list_folder() if self._registry.find(name) is None]
+
+    async def _list_folder(self) -> list[str]:
         answer = await self._link.call(ListFolder, self._timeout_s)
         assert isinstance(answer, FolderNames)
-        return [name for name in answer.names if self._registry.find(name) is None]
+        return answer.names
 
-    def statuses(self, tiers: Mapping[AdapterId, Residency]) -> list[AdapterStatus]:
-        """Every registered adapter, in order of name."""
+    def statuses(
+        self,
+        tiers: Mapping[AdapterId, Residency],
+        adapters: Iterable[RegisteredAdapter] | None = None,
+    ) -> list[AdapterStatus]:
+        """Of these adapters; None: of every registered one, in order of name."""
+        if adapters is None:
+            adapters = self._registry.adapters()
         return [
             self._status(adapter, tiers.get(adapter.adapter_id, Residency.DISK))
-            for adapter in self._registry.adapters()
+            for adapter in adapters
         ]
 
     def load_failed(self, adapter_id: AdapterId, error: SidestreamError) -> None:
@@ -274,3 +321,13 @@ class AdapterDirectory:
             max_rank=0 if manifest is None else manifest.max_rank,
             created_s=adapter.created_s,
         )
+
+
+def _not_found(names: list[str]) -> AdapterNotFound:
+    return AdapterNotFound(f"no adapter is called {', '.join(map(repr, names))}", param="names")
+
+
+def _about(name: str, error: SidestreamError) -> SidestreamError:
+    """The same error, its message naming the adapter."""
+    named = f"adapter {name!r}: {error.message}"
+    return error_from_info(msgspec.structs.replace(error.info, message=named))

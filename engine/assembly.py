@@ -71,6 +71,7 @@ class Engine:
                 max_sequence_tokens=min(limits.max_model_len, limits.kv_tokens),
                 max_adapter_wait_s=config.max_adapter_wait_s,
                 eos_token_ids=frozenset(model.eos_token_ids),
+                adapter_loading=config.adapter_loading,
             ),
             blocks,
             residency,

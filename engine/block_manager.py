@@ -57,6 +57,10 @@ class BlockManager:
         """Blocks that ``num_tokens`` tokens of one sequence lie in."""
         return -(-num_tokens // self.block_size)
 
+    def can_admit(self, sequence: Sequence, num_spare: int) -> bool:
+        """What ``admit`` would answer; changes nothing."""
+        return self._num_to_take(sequence, self._find_prefix(sequence)) + num_spare <= self.num_free
+
     def admit(self, sequence: Sequence, num_spare: int) -> bool:
         """Gives ``sequence`` blocks for all its tokens, the cached ones of its prefix first.
 
@@ -67,10 +71,9 @@ class BlockManager:
         assert not sequence.block_table, "an admitted sequence holds blocks already"
         assert not sequence.num_pending_tokens, "a prefix is looked up by tokens that are known"
         found = self._find_prefix(sequence)
-        num_taken_from_cache = sum(self._num_references[block] == 0 for block in found)
-        num_fresh = self.num_blocks_for(len(sequence.token_ids)) - len(found)
-        if num_taken_from_cache + num_fresh + num_spare > self.num_free:
+        if self._num_to_take(sequence, found) + num_spare > self.num_free:
             return False
+        num_fresh = self.num_blocks_for(len(sequence.token_ids)) - len(found)
         for block in found:
             if self._num_references[block] == 0:
                 del self._cached[block]
@@ -157,6 +160,11 @@ class BlockManager:
             expected = (free and public is None, free and public is not None)
             if (block in blank, block in cached) != expected or by_key.get(block) != public:
                 raise Internal(f"KV block {block} is in the wrong list")
+
+    def _num_to_take(self, sequence: Sequence, found: list[int]) -> int:
+        """Free blocks that the sequence needs, those of its prefix that nobody holds included."""
+        num_cached = sum(self._num_references[block] == 0 for block in found)
+        return num_cached + self.num_blocks_for(len(sequence.token_ids)) - len(found)
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         published = self._published.get(sequence.adapter_id)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from engine.residency import ResidencyStats
 from engine.scheduler import SchedulerStats
+from engine.step_wait import StepWaitStats
 from ipc.errors import ErrorInfo
 from ipc.messages import (
     AdapterId,
@@ -70,6 +71,13 @@ class RemoveAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchAdapters:
+    """These are likely to be asked for; one that is gone meanwhile is passed over."""
+
+    adapter_ids: tuple[AdapterId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LoaderConnected:
     """Loads may be sent from now on."""
 
@@ -111,6 +119,7 @@ class Snapshot:
     num_steps: int
     kv_blocks_used: int
     scheduler: SchedulerStats
+    step_waits: StepWaitStats
     adapters_resident: int
     pool_bytes_used: int
     adapters: ResidencyStats
@@ -130,6 +139,7 @@ Command = (
     | DropClient
     | AddAdapter
     | RemoveAdapter
+    | PrefetchAdapters
     | LoaderConnected
     | LoaderLost
     | LoadPlaced

@@ -31,6 +31,14 @@ class LoadFormat(Enum):
     DUMMY = "dummy"
 
 
+class AdapterLoading(Enum):
+    """``overlap``: steps go on without the sequences whose adapter is being loaded;
+    ``blocking``: the step waits for its adapters."""
+
+    OVERLAP = "overlap"
+    BLOCKING = "blocking"
+
+
 class StartAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An adapter of the command line; one that can not be registered fails the start."""
 
@@ -69,6 +77,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     max_adapter_bytes: int = 1024 * MiB
     max_lora_rank: int = 256
+    adapter_loading: AdapterLoading = AdapterLoading.OVERLAP
     max_adapter_wait_s: float = 2.0
     adapter_load_timeout_s: float = 60.0
     adapter_cohorts: bool = False

@@ -14,7 +14,9 @@ one owner and needs no lock.
 The life of a request here:
 
 1. ``AddRequest`` makes it a waiting sequence. From this moment its adapter is in demand.
-2. ``schedule`` admits it once its adapter lies in its slot and KV blocks are free.
+2. ``schedule`` admits it once its adapter lies in its slot and KV blocks are free. A step that
+   waits for its adapters is an empty plan: the thread then waits for commands, of which the
+   load's end is one.
 3. Every step that draws a token for it adds one ``TokenDelta`` to what its client gets.
 4. A finish reason, an error or ``CancelRequest`` ends it; its blocks and its use of the adapter
    are given back in the same step.
@@ -44,6 +46,7 @@ from engine.commands import (
     LoaderConnected,
     LoaderLost,
     LoadPlaced,
+    PrefetchAdapters,
     RemoveAdapter,
     Snapshot,
     TakeSnapshot,
@@ -236,6 +239,8 @@ class EngineCore:
                 self._add_adapter(command)
             case RemoveAdapter(adapter_id):
                 self._residency.remove(adapter_id)
+            case PrefetchAdapters(adapter_ids):
+                self._residency.prefetch(adapter_ids)
             case LoaderConnected():
                 self._residency.loader_connected()
             case LoaderLost():
@@ -303,6 +308,7 @@ class EngineCore:
             num_steps=self._num_steps,
             kv_blocks_used=self._blocks.num_used,
             scheduler=replace(self._scheduler.stats),
+            step_waits=replace(self._scheduler.step_waits),
             adapters_resident=self._residency.num_resident,
             pool_bytes_used=self._residency.pool_bytes_used,
             adapters=replace(self._residency.stats),

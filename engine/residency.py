@@ -12,6 +12,7 @@ A slot is given to another adapter only out of ABSENT, so never while a copy int
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -27,6 +28,7 @@ from engine.adapter_actions import (
 )
 from engine.adapter_slots import AdapterSlots, AdapterState, PooledAdapter
 from engine.load_forecast import Arrival, LoadForecast
+from engine.prefetch_hints import PrefetchHints
 from ipc.base_model import BaseModel
 from ipc.errors import AdapterInvalid, Internal, SidestreamError, Unavailable
 from ipc.image import ImageLayout, layout_image
@@ -69,6 +71,7 @@ class AdapterResidency:
         self._loads: dict[LoadId, PooledAdapter] = {}
         # Pinned ones that are to be loaded without a request.
         self._preload: dict[AdapterId, PooledAdapter] = {}
+        self._hints = PrefetchHints()
         self._num_loaders = 0
         self._loader_is_connected = False
         self._next_load_id = 1
@@ -94,6 +97,10 @@ class AdapterResidency:
     def is_resident(self, adapter_id: AdapterId) -> bool:
         """Whether all of it is in its slot. Raises ``KeyError`` if it is not registered."""
         return self._adapters[adapter_id].state is AdapterState.RESIDENT
+
+    def is_loading(self, adapter_id: AdapterId) -> bool:
+        """Whether a load of it is under way that nobody has given up. Raises as above."""
+        return self._adapters[adapter_id].state is AdapterState.LOADING
 
     def is_pinned(self, adapter_id: AdapterId) -> bool:
         return self._adapters[adapter_id].pinned
@@ -175,6 +182,7 @@ class AdapterResidency:
         """No new request will name the adapter: it goes once its accepted ones are answered."""
         adapter = self._adapters[adapter_id]
         adapter.removed = True
+        self._hints.forget(adapter_id)
         self._pin(adapter, False)
         self._forget_if_done(adapter)
 
@@ -189,11 +197,24 @@ class AdapterResidency:
             self._slots.check_pin(adapter.layout, adapter_id)
         self._pin(adapter, pinned)
 
+    def prefetch(self, adapter_ids: Iterable[AdapterId]) -> None:
+        """Hints at adapters; those that are gone, resident or asked for already need none."""
+        known = (self._adapters.get(adapter_id) for adapter_id in adapter_ids)
+        self._hints.add(
+            adapter.adapter_id
+            for adapter in known
+            if adapter is not None
+            and not adapter.removed
+            and not adapter.num_requests
+            and adapter.state is not AdapterState.RESIDENT
+        )
+
     # --- Requests ------------------------------------------------------------------------------
 
     def add_request(self, adapter_id: AdapterId) -> None:
         """A sequence of the adapter was accepted. Raises ``KeyError`` if it is not registered."""
         self._adapters[adapter_id].num_requests += 1
+        self._hints.forget(adapter_id)
 
     def drop_request(self, adapter_id: AdapterId) -> None:
         """A sequence of the adapter, not running any more, got its terminal answer."""
@@ -227,6 +248,7 @@ class AdapterResidency:
         adapter.state = AdapterState.RESIDENT
         adapter.load_id = None
         adapter.num_lost_loaders = 0
+        self._hints.forget(adapter.adapter_id)
         self._slots.update(adapter)
         self.stats.num_loads += 1
         self.stats.loaded_bytes += adapter.layout.num_bytes
@@ -291,6 +313,16 @@ class AdapterResidency:
         """Pinned ones that are ABSENT and to be loaded without a request."""
         return [a for a in self._preload.values() if a.state is AdapterState.ABSENT]
 
+    @property
+    def hints_version(self) -> int:
+        """Grows with every change of what is hinted at."""
+        return self._hints.version
+
+    def hinted(self) -> list[PooledAdapter]:
+        """Those that are ABSENT and likely to be asked for, the oldest hint first."""
+        adapters = map(self.adapter, self._hints.adapters())
+        return [adapter for adapter in adapters if adapter.state is AdapterState.ABSENT]
+
     def begin_load(self, adapter: PooledAdapter, now_s: float) -> None:
         """Loads an ABSENT adapter into the slot that was reserved for it just now."""
         load_id = LoadId(self._next_load_id)
@@ -318,6 +350,7 @@ class AdapterResidency:
     def fail_load(self, adapter: PooledAdapter, error: SidestreamError) -> None:
         """Gives up a load in flight, and fails the requests that wait for it."""
         adapter.num_lost_loaders = 0
+        self._hints.forget(adapter.adapter_id)
         self.stats.num_load_failures += 1
         self._abandon(adapter)
         self.fail_requests(adapter, error)

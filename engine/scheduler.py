@@ -17,6 +17,10 @@ Else no sequence waits for another one's adapter, but for this: once a sequence 
 slot longer than ``max_adapter_wait_s``, no later one is admitted with an unpinned adapter, so that
 the slots fall idle and one of them becomes free. Sequences of the base model go on.
 
+With ``--adapter-loading blocking`` they do wait: see ``engine.step_wait``. A step that waits is
+planned anew until it may go. What it has admitted by then runs, without having been in a step;
+nothing is lost, as a sequence's progress counts from the launch alone.
+
 Steps overlap: step n+1 is scheduled and launched while step n runs, so before it is known which
 tokens n draws. A sequence whose newest token is *pending* is scheduled like any other; only if it
 ends by its length, which is known in advance, it is left out. If n turns out to end it, what n+1
@@ -44,9 +48,11 @@ from dataclasses import dataclass
 from engine.adapter_demand import AdapterDemand
 from engine.block_manager import BlockManager
 from engine.cohorts import Cohorts
+from engine.config import AdapterLoading
 from engine.plan import SampledToken, ScheduledChunk, SequenceProgress, StepPlan
 from engine.residency import AdapterResidency
 from engine.sequence import Sequence, SequenceId, SequenceState
+from engine.step_wait import StepWait, StepWaitStats
 from engine.waiting_queue import WaitingQueue
 from ipc.errors import InvalidRequest
 from ipc.messages import AdapterId, FinishReason
@@ -67,6 +73,7 @@ class SchedulerLimits:
     max_sequence_tokens: int
     max_adapter_wait_s: float
     eos_token_ids: frozenset[int]
+    adapter_loading: AdapterLoading
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -107,7 +114,15 @@ class Scheduler:
         demand: AdapterDemand,
         cohorts: Cohorts | None = None,
     ) -> None:
-        """``cohorts`` None: nobody is held back for others."""
+        """``cohorts`` None: nobody is held back for others.
+
+        Raises:
+            InvalidRequest: cohorts, although no step goes on while adapters arrive.
+        """
+        if cohorts is not None and limits.adapter_loading is AdapterLoading.BLOCKING:
+            raise InvalidRequest(
+                "adapter_cohorts: expected only with --adapter-loading overlap, got blocking"
+            )
         self.stats = SchedulerStats()
         self._limits = limits
         self._blocks = blocks
@@ -116,6 +131,7 @@ class Scheduler:
         self._cohorts = cohorts
         self._held_until_s: float | None = None
         self._waiting = WaitingQueue()
+        self._step_wait = StepWait(limits.adapter_loading)
         # In order of arrival.
         self._running: list[Sequence] = []
         # Where in what the last launched step draws each sequence's token is.
@@ -137,6 +153,10 @@ class Scheduler:
             for adapter_id in self._waiting.adapters()
             if not self._residency.is_resident(adapter_id)
         )
+
+    @property
+    def step_waits(self) -> StepWaitStats:
+        return self._step_wait.stats
 
     @property
     def awaits_tokens(self) -> bool:
@@ -172,6 +192,7 @@ class Scheduler:
         if sequence.adapter_id is not None:
             self._residency.add_request(sequence.adapter_id)
         self._waiting.add(sequence)
+        self._step_wait.arrived(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Ends the sequence without an answer; nothing happens if it has ended already."""
@@ -188,7 +209,7 @@ class Scheduler:
         return failed
 
     def schedule(self, now_s: float) -> StepPlan:
-        """What the next step computes; empty if nothing can run.
+        """What the next step computes; empty if nothing can run, or if it waits for adapters.
 
         Loads that begin and evictions are among the residency's actions, to be carried out before
         the step is launched.
@@ -203,10 +224,12 @@ class Scheduler:
                 break
             if sequence.num_uncomputed_tokens > 1:
                 budget -= _add_chunk(chunks, sequence, budget)
+        waits = False
         # What was just preempted would come straight back, and take the blocks it gave.
         if num_preemptions == self.stats.num_preemptions:
-            self._admit(chunks, budget, now_s)
-        return StepPlan(tuple(chunks))
+            waits = self._admit(chunks, budget, now_s)
+        self._step_wait.update(waits, now_s)
+        return StepPlan(() if waits else tuple(chunks))
 
     def launched(self, plan: StepPlan) -> None:
         """The step is in flight: the tokens that it draws are pending."""
@@ -288,10 +311,11 @@ class Scheduler:
         self.stats.num_preemptions += 1
         self._waiting.add(sequence)
 
-    def _admit(self, chunks: list[ScheduledChunk], budget: int, now_s: float) -> None:
+    def _admit(self, chunks: list[ScheduledChunk], budget: int, now_s: float) -> bool:
+        """Adds waiting sequences; True if the step has to wait for the next one's adapter."""
         self._held_until_s = None
         if not self._has_room(budget) or not len(self._waiting):
-            return
+            return False
         if self._cohorts is not None:
             self._held_until_s = self._cohorts.held_until_s(
                 self._waiting, self._residency, len(self._running), now_s
@@ -303,20 +327,32 @@ class Scheduler:
         def is_admissible(sequence: Sequence) -> bool:
             if sequence.adapter_id is None:
                 return True
-            if is_held or not self._residency.is_resident(sequence.adapter_id):
+            if is_held:
+                return False
+            if not self._residency.is_resident(sequence.adapter_id) and not (
+                self._step_wait.may_wait_for(sequence) and self._is_in_load(sequence)
+            ):
                 return False
             if overdue is None or sequence.sequence_id < overdue.sequence_id:
                 return True
             return self._residency.is_pinned(sequence.adapter_id)
 
         for sequence in self._waiting.admissible(is_admissible):
+            # Only a blocking engine gets here; without blocks the step could not have it anyway.
+            if self._is_in_load(sequence):
+                return self._blocks.can_admit(sequence, num_spare=len(self._running))
             # Without blocks the earliest waits, and a shorter later one must not overtake it.
             if not self._blocks.admit(sequence, num_spare=len(self._running)):
-                break
+                return False
             self._start_running(sequence)
             budget -= _add_chunk(chunks, sequence, budget)
             if not self._has_room(budget):
-                break
+                return False
+        return False
+
+    def _is_in_load(self, sequence: Sequence) -> bool:
+        adapter_id = sequence.adapter_id
+        return adapter_id is not None and self._residency.is_loading(adapter_id)
 
     def _has_room(self, budget: int) -> bool:
         return budget > 0 and len(self._running) < self._limits.max_num_seqs

@@ -45,6 +45,8 @@ from ipc.messages import (
     GetStats,
     ListAdapters,
     LoadAdapter,
+    PrefetchAdapters,
+    Prefetching,
     Registered,
     RequestId,
     StepOutputs,
@@ -128,6 +130,8 @@ class EngineServer:
                 self._spawn(self._load(client, message))
             case UnloadAdapter():
                 self._spawn(self._unload(client, message))
+            case PrefetchAdapters():
+                self._spawn(self._prefetch(client, message))
             case ListAdapters():
                 self._spawn(self._list(client, message))
             case GetStats(call_id):
@@ -235,6 +239,16 @@ class EngineServer:
             self._send(client, CallFailed(call.call_id, error.info))
         else:
             self._send(client, Unregistered(call.call_id, call.name))
+
+    async def _prefetch(self, client: bytes, call: PrefetchAdapters) -> None:
+        try:
+            adapters = await self._adapters.prefetch(call.names)
+        except SidestreamError as error:
+            self._send(client, CallFailed(call.call_id, error.info))
+            return
+        snapshot = await self._snapshot()
+        statuses = self._adapters.statuses(snapshot.tiers, adapters)
+        self._send(client, Prefetching(call.call_id, statuses))
 
     async def _list(self, client: bytes, call: ListAdapters) -> None:
         snapshot = await self._snapshot()

@@ -38,6 +38,8 @@ def engine_stats(
         cached_prompt_tokens_total=scheduler.num_cached_prompt_tokens,
         generation_tokens_total=scheduler.num_generated_tokens,
         steps_total=snapshot.num_steps,
+        step_waits_total=snapshot.step_waits.num_waits,
+        step_wait_seconds_total=snapshot.step_waits.seconds,
         preemptions_total=scheduler.num_preemptions,
         pool_bytes_total=capacities.pool_bytes,
         pool_bytes_used=snapshot.pool_bytes_used,

@@ -113,6 +113,17 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
     name: str
 
 
+MAX_PREFETCH_HINTS = 64
+"""Adapters that may be hinted at, in one message and at a time."""
+
+
+class PrefetchAdapters(msgspec.Struct, frozen=True, tag="prefetch_adapters"):
+    """These are likely to be asked for; answered with ``Prefetching``. All are known, or none."""
+
+    call_id: CallId
+    names: list[str]
+
+
 class ListAdapters(msgspec.Struct, frozen=True, tag="list_adapters"):
     """Answered with ``AdapterList``; only ``with_folder`` is the adapter folder looked into."""
 
@@ -126,7 +137,16 @@ class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
     call_id: CallId
 
 
-ClientMessage = Connect | Generate | Cancel | LoadAdapter | UnloadAdapter | ListAdapters | GetStats
+ClientMessage = (
+    Connect
+    | Generate
+    | Cancel
+    | LoadAdapter
+    | UnloadAdapter
+    | PrefetchAdapters
+    | ListAdapters
+    | GetStats
+)
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
@@ -198,6 +218,13 @@ class AdapterStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     created_s: int = 0
 
 
+class Prefetching(msgspec.Struct, frozen=True, tag="prefetching"):
+    """The hint is taken. The adapters in the order of their names in it, as they are now."""
+
+    call_id: CallId
+    adapters: list[AdapterStatus]
+
+
 class AdapterList(msgspec.Struct, frozen=True, tag="adapter_list"):
     """Registered adapters in order of name; then the names of the adapter folder not yet used."""
 
@@ -221,6 +248,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag="engine_stats"):
     cached_prompt_tokens_total: int
     generation_tokens_total: int
     steps_total: int
+    step_waits_total: int
+    step_wait_seconds_total: float
     preemptions_total: int
     pool_bytes_total: int
     pool_bytes_used: int
@@ -241,7 +270,14 @@ class CallFailed(msgspec.Struct, frozen=True, tag="call_failed"):
 
 
 EngineMessage = (
-    Welcome | StepOutputs | Registered | Unregistered | AdapterList | EngineStats | CallFailed
+    Welcome
+    | StepOutputs
+    | Registered
+    | Unregistered
+    | Prefetching
+    | AdapterList
+    | EngineStats
+    | CallFailed
 )
 
 

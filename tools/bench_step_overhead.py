@@ -24,6 +24,7 @@ from engine.adapter_slots import AdapterSlots
 from engine.batch import flatten, to_device
 from engine.block_manager import BlockManager
 from engine.commands import AddAdapter, AddRequest, LoaderConnected, LoadPlaced
+from engine.config import AdapterLoading
 from engine.core import EngineCore
 from engine.device import CpuDevice
 from engine.drawn_tokens import DrawnStep, DrawnTokens
@@ -127,7 +128,7 @@ def measure(num_requests: int, num_adapters: int, num_steps: int) -> dict[str, f
         num_requests * (PROMPT_TOKENS + num_steps + 2 * BLOCK_SIZE) // BLOCK_SIZE, BLOCK_SIZE, True
     )
     longest = PROMPT_TOKENS + num_steps + BLOCK_SIZE
-    limits = SchedulerLimits(num_requests, 8192, longest, 2.0, frozenset())
+    limits = SchedulerLimits(num_requests, 8192, longest, 2.0, frozenset(), AdapterLoading.OVERLAP)
     scheduler = Scheduler(limits, blocks, residency, AdapterDemand(residency, slots, 60.0))
     clients, pool = Clients(), InstantSlots()
     core = EngineCore(

@@ -25,6 +25,17 @@ class ModelList(msgspec.Struct, frozen=True):
     data: list[ListedModel]
 
 
+class PrefetchedAdapter(msgspec.Struct, frozen=True):
+    """One entry of the answer to a prefetch."""
+
+    lora_name: str
+    residency: str
+
+
+class PrefetchedList(msgspec.Struct, frozen=True):
+    data: list[PrefetchedAdapter]
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
     """How a prompt is continued; the likeliest tokens by default, so that it can be repeated."""
@@ -63,6 +74,13 @@ def load_adapter(client: HttpClient, name: str, path: Path, pinned: bool, replac
 def unload_adapter(client: HttpClient, name: str) -> None:
     """Makes the server forget an adapter."""
     client.post("/v1/unload_lora_adapter", {"lora_name": name})
+
+
+def prefetch_adapters(client: HttpClient, names: list[str]) -> dict[str, str]:
+    """Tells the server that these are likely to be asked for; where each of them lies now."""
+    answer = client.post("/v1/prefetch_lora_adapters", {"lora_names": names})
+    adapters = msgspec.json.decode(answer, type=PrefetchedList).data
+    return {adapter.lora_name: adapter.residency for adapter in adapters}
 
 
 def generate(

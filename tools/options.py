@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from api.config import ApiConfig
-from engine.config import DeviceKind, EngineConfig, LoadFormat, ModelDType
+from engine.config import AdapterLoading, DeviceKind, EngineConfig, LoadFormat, ModelDType
 from loader.config import LoaderConfig
 from tools.values import (
     choices,
@@ -259,6 +259,15 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             parse_count,
             "RANK",
             "Adapters of a higher rank are refused.",
+        ),
+        Option(
+            "--adapter-loading",
+            EngineConfig,
+            "adapter_loading",
+            parse_choice(AdapterLoading),
+            choices(AdapterLoading),
+            "While an adapter is loaded: overlap lets all other requests go on, blocking lets the"
+            " whole step wait, for comparisons.",
         ),
         Option(
             "--max-adapter-wait",

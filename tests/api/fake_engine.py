@@ -28,6 +28,8 @@ from ipc.messages import (
     GetStats,
     ListAdapters,
     LoadAdapter,
+    PrefetchAdapters,
+    Prefetching,
     Registered,
     RequestId,
     Residency,
@@ -133,7 +135,8 @@ class FakeEngine:
                         channel.send(client, self._answer(message))
 
     def _answer(
-        self, message: Connect | LoadAdapter | UnloadAdapter | ListAdapters | GetStats
+        self,
+        message: Connect | LoadAdapter | UnloadAdapter | PrefetchAdapters | ListAdapters | GetStats,
     ) -> EngineMessage:
         try:
             match message:
@@ -153,6 +156,12 @@ class FakeEngine:
                     if self.adapters.pop(name, None) is None:
                         raise AdapterNotFound(f"no adapter is called {name!r}", param="name")
                     return Unregistered(call_id, name)
+                case PrefetchAdapters(call_id, names):
+                    unknown = [name for name in names if name not in self.adapters]
+                    if unknown:
+                        listed = ", ".join(map(repr, unknown))
+                        raise AdapterNotFound(f"no adapter is called {listed}", param="names")
+                    return Prefetching(call_id, [self.adapters[name] for name in names])
                 case ListAdapters(call_id):
                     return AdapterList(call_id, list(self.adapters.values()), [])
                 case GetStats(call_id):

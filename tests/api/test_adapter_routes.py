@@ -2,10 +2,11 @@
 
 import pytest
 
-from ipc.messages import LoadAdapter
+from ipc.messages import LoadAdapter, PrefetchAdapters
 from tests.api.frontend import error, frontend, on_loop
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+PREFETCH = "/v1/prefetch_lora_adapters"
 
 
 @on_loop
@@ -55,6 +56,54 @@ async def test_an_unknown_name_is_404() -> None:
         details = error(await front.post(UNLOAD, lora_name="a"), 404)
         assert details["param"] == "lora_name" and "'a'" in details["message"]
         assert error(await front.http.get("/v1/models/a"), 404)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("path", [PREFETCH, "/prefetch_lora_adapters"])
+@on_loop
+async def test_a_hint_is_answered_with_where_each_adapter_lies(path: str) -> None:
+    async with frontend() as front:
+        await front.post(LOAD, lora_name="a", lora_path="/x/a")
+        await front.post(LOAD, lora_name="b", lora_path="/x/b")
+        answer = await front.post(path, lora_names=["b", "a"])
+        call = front.engine.calls[-1]
+    assert answer.json() == {
+        "object": "list",
+        "data": [
+            {"lora_name": "b", "residency": "host"},
+            {"lora_name": "a", "residency": "host"},
+        ],
+    }
+    assert isinstance(call, PrefetchAdapters)
+    assert call.names == ["b", "a"]
+
+
+@on_loop
+async def test_hints_at_unknown_names_are_404_with_all_of_them() -> None:
+    async with frontend() as front:
+        await front.post(LOAD, lora_name="a", lora_path="/x/a")
+        details = error(await front.post(PREFETCH, lora_names=["x", "a", "y"]), 404)
+    assert details["param"] == "lora_names"
+    assert "'x'" in details["message"] and "'y'" in details["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "lora_names"),
+        ({"lora_names": "a"}, "lora_names"),
+        ({"lora_names": []}, "lora_names"),
+        ({"lora_names": ["a", ""]}, "lora_names[1]"),
+        ({"lora_names": [1]}, "lora_names[0]"),
+    ],
+)
+@on_loop
+async def test_a_bad_hint_is_400_and_the_field_is_named(
+    body: dict[str, object], param: str
+) -> None:
+    async with frontend() as front:
+        details = error(await front.post(PREFETCH, **body), 400)
+    assert details["param"] == param
+    assert details["message"].startswith(f"{param}: ")
 
 
 @pytest.mark.parametrize(

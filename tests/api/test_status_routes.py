@@ -102,6 +102,8 @@ async def test_the_engines_figures_have_the_names_that_dashboards_know() -> None
         "vllm:generation_tokens_total",
         "vllm:num_preemptions_total",
         "sidestream:adapter_evictions_total",
+        "sidestream:step_wait_seconds_total",
+        "sidestream:step_waits_total",
         "sidestream:kv_blocks_used",
         "sidestream:stale_chunks_total",
     }

@@ -4,6 +4,7 @@ from engine.adapter_demand import AdapterDemand
 from engine.adapter_slots import AdapterSlots
 from engine.block_manager import BlockManager
 from engine.cohorts import Cohorts
+from engine.config import AdapterLoading
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Sequence, SequenceId
@@ -80,6 +81,7 @@ class Policy:
         max_adapter_wait_s: float = 2.0,
         load_timeout_s: float = 60.0,
         cohorts: bool = False,
+        adapter_loading: AdapterLoading = AdapterLoading.OVERLAP,
     ) -> None:
         self.pool = SlotAllocator(pool_bytes)
         self.slots = AdapterSlots(self.pool)
@@ -92,6 +94,7 @@ class Policy:
             max_sequence_tokens,
             max_adapter_wait_s,
             frozenset({EOS}),
+            adapter_loading,
         )
         self.step_costs = StepCosts()
         self.scheduler = Scheduler(

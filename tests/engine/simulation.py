@@ -19,6 +19,7 @@ from engine.adapter_actions import (
     InstallAdapter,
     RemoveAdapter,
 )
+from engine.config import AdapterLoading
 from engine.plan import LaunchedStep, StepPlan
 from engine.sequence import Sequence, SequenceState
 from ipc.errors import AdapterInvalid, Overloaded
@@ -57,9 +58,16 @@ class Simulation:
     be held back for others.
     """
 
-    def __init__(self, rng: random.Random, overlap: bool, cohorts: bool = False) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        overlap: bool,
+        adapter_loading: AdapterLoading = AdapterLoading.OVERLAP,
+        cohorts: bool = False,
+    ) -> None:
         self.rng = rng
         self.overlap = overlap
+        self.adapter_loading = adapter_loading
         self.device = LateDevice(BLOCK_SIZE, self._see_adapter)
         self.in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self.num_overlapped = 0
@@ -73,6 +81,7 @@ class Simulation:
             max_adapter_wait_s=WAIT_LIMIT_S,
             load_timeout_s=LOAD_TIMEOUT_S,
             cohorts=cohorts,
+            adapter_loading=adapter_loading,
         )
         self.now_s = 0.0
         self.sequences: list[Sequence] = []
@@ -109,6 +118,9 @@ class Simulation:
             self.policy.residency.set_pinned(adapter_id, self.rng.random() < 0.3)
         except Overloaded:
             return
+
+    def prefetch(self) -> None:
+        self.policy.residency.prefetch(self.rng.choices(self.registered, k=3))
 
     def request(self) -> None:
         adapter_id = None
@@ -180,6 +192,7 @@ class Simulation:
         self._carry_out_actions()
         self._check_bounded_waiting(plan, running_before)
         self._check_plan(plan)
+        self._check_step_wait(plan)
         if plan.chunks:
             self.num_overlapped += bool(self.in_flight)
             self.in_flight.append((plan, self.device.launch(plan)))
@@ -300,6 +313,19 @@ class Simulation:
             assert not (sequence.has_penalty and chunk.pending_from is not None)
             for block in sequence.block_table[chunk.start // BLOCK_SIZE : -(-end // BLOCK_SIZE)]:
                 assert holders[block] == 1, "a step writes into a block that others read"
+
+    def _check_step_wait(self, plan: StepPlan) -> None:
+        """Whoever runs is in a step, unless that step waits for a load that is under way."""
+        scheduler = self.policy.scheduler
+        if plan.chunks or self.in_flight or not scheduler.num_running:
+            return
+        waiting = [s for s in self.sequences if s.state is SequenceState.WAITING]
+        assert self.adapter_loading is AdapterLoading.BLOCKING
+        assert any(
+            sequence.adapter_id is not None
+            and self.policy.residency.tier(sequence.adapter_id) is Residency.LOADING
+            for sequence in waiting
+        ), "a step waits although nobody's adapter is being loaded"
 
     def _see_adapter(self, adapter_id: AdapterId) -> Callable[[], None]:
         pieces = self.table[adapter_id]

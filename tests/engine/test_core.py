@@ -6,28 +6,41 @@ from collections.abc import Mapping
 import pytest
 
 from engine.adapter_actions import BeginLoad, InstallAdapter
-from engine.commands import AddRequest, CancelRequest
+from engine.commands import (
+    AddAdapter,
+    AddRequest,
+    CancelRequest,
+    LoaderConnected,
+    LoadPlaced,
+    Snapshot,
+    TakeSnapshot,
+)
+from engine.config import AdapterLoading
 from engine.core import EngineCore
 from engine.plan import LaunchedStep, SampledToken, StepPlan
 from ipc.messages import AdapterId, FinishReason, LoadId, RequestId, SamplingParams, TokenDelta
-from tests.engine.builders import EOS, Policy, make_sequence
+from tests.engine.builders import EOS, Policy, make_manifest, make_sequence
 from tests.engine.late_device import LateDevice, LateStep, answer
 
 CLIENT = b"client"
+ADAPTER = AdapterId(1)
 MAX_SEQUENCE_TOKENS = 48
 
 
-class NoSlots:
-    """For an engine without adapters."""
+class WatchedSlots:
+    """Writes down which loads began; nothing here gives one up or evicts."""
+
+    def __init__(self) -> None:
+        self.loads: list[LoadId] = []
 
     def begin(self, load: BeginLoad) -> None:
-        raise AssertionError(load)
+        self.loads.append(load.load_id)
 
     def abandon(self, load_id: LoadId) -> None:
         raise AssertionError(load_id)
 
     def install(self, adapter: InstallAdapter) -> None:
-        raise AssertionError(adapter)
+        pass
 
     def remove(self, adapter_id: AdapterId) -> None:
         raise AssertionError(adapter_id)
@@ -36,10 +49,19 @@ class NoSlots:
 class Loop:
     """A core with a late device; ``events`` says what it did, ``deltas`` what clients got."""
 
-    def __init__(self, overlap_steps: bool, num_blocks: int = 64) -> None:
+    def __init__(
+        self,
+        overlap_steps: bool,
+        num_blocks: int = 64,
+        adapter_loading: AdapterLoading = AdapterLoading.OVERLAP,
+    ) -> None:
         self.policy = Policy(
-            num_blocks=num_blocks, max_num_seqs=6, max_sequence_tokens=MAX_SEQUENCE_TOKENS
+            num_blocks=num_blocks,
+            max_num_seqs=6,
+            max_sequence_tokens=MAX_SEQUENCE_TOKENS,
+            adapter_loading=adapter_loading,
         )
+        self.slots = WatchedSlots()
         self.device = LateDevice(block_size=4)
         self.events: list[str] = []
         self.deltas: dict[RequestId, list[TokenDelta]] = {}
@@ -48,7 +70,7 @@ class Loop:
             self.policy.residency,
             self.policy.blocks,
             self,
-            NoSlots(),
+            self.slots,
             overlap_steps=overlap_steps,
             max_waiting=100,
             seed=0,
@@ -68,9 +90,10 @@ class Loop:
         prompt: list[int],
         max_tokens: int = 4,
         sampling: SamplingParams | None = None,
+        adapter_id: AdapterId | None = None,
     ) -> None:
         sampling = sampling or SamplingParams(ignore_eos=True)
-        request = AddRequest(CLIENT, RequestId(name), None, prompt, max_tokens, sampling, 0.0)
+        request = AddRequest(CLIENT, RequestId(name), adapter_id, prompt, max_tokens, sampling, 0.0)
         self.core.carry_out(request)
 
     def run_dry(self) -> None:
@@ -165,6 +188,56 @@ def test_stopping_completes_what_is_in_flight() -> None:
     loop.core.stop()
     loop.core.run()
     assert len(loop.output("a")) == 1
+
+
+def blocking_loop(overlap_steps: bool) -> Loop:
+    """Request ``a`` of the base model runs; ``b``, whose adapter is away, has just come."""
+    loop = Loop(overlap_steps, adapter_loading=AdapterLoading.BLOCKING)
+    loop.core.carry_out(LoaderConnected())
+    manifest = make_manifest(1)
+    loop.core.carry_out(AddAdapter(ADAPTER, manifest, False, None, lambda error: None))
+    loop.ask("a", [1, 2], max_tokens=3)
+    loop.core.step(0.0)
+    loop.ask("b", [3, 4], max_tokens=2, adapter_id=ADAPTER)
+    loop.events.clear()
+    return loop
+
+
+def test_what_is_in_flight_when_a_step_waits_is_completed_and_delivered() -> None:
+    loop = blocking_loop(overlap_steps=True)
+    assert loop.core.step(0.0)
+    assert " ".join(loop.events) == "wait 0 deliver"
+    assert not loop.core.step(0.0), "a waiting step leaves nothing to do but to wait for commands"
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+def test_a_waiting_step_is_launched_with_everybody_once_its_adapter_was_placed(
+    overlap_steps: bool,
+) -> None:
+    loop = blocking_loop(overlap_steps)
+    for _ in range(3):
+        loop.core.step(0.0)
+    assert not any(event.startswith("launch") for event in loop.events)
+    loop.core.carry_out(LoadPlaced(loop.slots.loads[0]))
+    loop.run_dry()
+    for name, prompt, adapter_id in (("a", [1, 2], None), ("b", [3, 4], ADAPTER)):
+        max_tokens = len(loop.output(name))
+        alone = make_sequence(
+            0, prompt, adapter_id, max_tokens, 0.0, SamplingParams(ignore_eos=True)
+        )
+        assert loop.output(name) == answer(alone, MAX_SEQUENCE_TOKENS)[0]
+    assert (len(loop.output("a")), len(loop.output("b"))) == (3, 2)
+
+
+def test_commands_are_carried_out_while_a_step_waits() -> None:
+    loop = blocking_loop(overlap_steps=False)
+    loop.core.step(0.0)
+    snapshots: list[Snapshot] = []
+    loop.core.carry_out(TakeSnapshot(snapshots.append))
+    assert (snapshots[0].step_waits.num_waits, snapshots[0].num_waiting_for_adapter) == (1, 1)
+    loop.core.carry_out(CancelRequest(CLIENT, RequestId("b")))
+    loop.run_dry()
+    assert len(loop.output("a")) == 3
 
 
 @pytest.mark.parametrize("overlap_steps", [False, True])

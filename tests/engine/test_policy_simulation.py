@@ -4,28 +4,35 @@ import random
 
 import pytest
 
+from engine.config import AdapterLoading
 from tests.engine.simulation import Simulation
 
 
+@pytest.mark.parametrize("adapter_loading", AdapterLoading)
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("case", range(24))
 def test_every_request_ends_once_with_its_own_tokens_and_nothing_leaks_whatever_happens(
-    case: int, overlap: bool, seed: int
+    case: int, overlap: bool, adapter_loading: AdapterLoading, seed: int
 ) -> None:
-    simulate(case, overlap, seed)
+    simulate(case, overlap, adapter_loading, seed)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("adapter_loading", AdapterLoading)
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("case", range(24, 1024))
-def test_a_thousand_more_machines_misbehave(case: int, overlap: bool, seed: int) -> None:
-    simulate(case, overlap, seed)
+def test_a_thousand_more_machines_misbehave(
+    case: int, overlap: bool, adapter_loading: AdapterLoading, seed: int
+) -> None:
+    simulate(case, overlap, adapter_loading, seed)
 
 
-def simulate(case: int, overlap: bool, seed: int) -> None:
-    """Four hundred steps of arrivals, cancellations, registrations and dying loaders."""
+def simulate(case: int, overlap: bool, adapter_loading: AdapterLoading, seed: int) -> None:
+    """Four hundred steps of arrivals, cancellations, registrations, hints and dying loaders."""
     rng = random.Random(f"{seed}-{case}")
-    simulation = Simulation(rng, overlap, cohorts=case % 2 == 1)
+    overlaps_loads = adapter_loading is AdapterLoading.OVERLAP
+    cohorts = overlaps_loads and case % 2 == 1
+    simulation = Simulation(rng, overlap, adapter_loading, cohorts)
     for _ in range(4):
         simulation.register(pinned=False)
     arrivals = rng.choice((0.15, 0.4, 0.8))
@@ -41,6 +48,8 @@ def simulate(case: int, overlap: bool, seed: int) -> None:
             simulation.repin()
         elif chance < 0.12:
             simulation.cancel()
+        elif chance < 0.15 and simulation.registered:
+            simulation.prefetch()
         if simulation.loader_is_there:
             if rng.random() < 0.02:
                 simulation.kill_loader()
@@ -49,3 +58,5 @@ def simulate(case: int, overlap: bool, seed: int) -> None:
         simulation.tick(cancels_while_running=rng.random() < 0.05)
     simulation.drain()
     assert bool(simulation.num_overlapped) == overlap
+    waits = simulation.policy.scheduler.step_waits
+    assert (waits.num_waits == 0, waits.seconds == 0.0) == (overlaps_loads, overlaps_loads)

@@ -1,6 +1,7 @@
 import pytest
 
 from engine.adapter_actions import BeginLoad
+from engine.config import AdapterLoading
 from engine.plan import SampledToken, SequenceProgress, StepPlan
 from engine.scheduler import SchedulerLimits
 from engine.sequence import Sequence, SequenceState
@@ -122,7 +123,7 @@ def test_a_prompt_that_could_never_run_is_refused() -> None:
 
 def test_limits_that_could_starve_a_decode_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"expected at least max_num_seqs \(8\), got 7"):
-        SchedulerLimits(8, 7, 64, 2.0, frozenset())
+        SchedulerLimits(8, 7, 64, 2.0, frozenset(), AdapterLoading.OVERLAP)
 
 
 def test_the_last_to_arrive_gives_its_blocks_back_and_is_computed_anew() -> None:

@@ -92,6 +92,7 @@ def test_help_explains_every_option() -> None:
         (["serve", "m", "--block-size", "0"], "argument --block-size: expected a whole number"),
         (["serve", "m", "--device", "tpu"], "argument --device: expected one of auto|cpu|cuda"),
         (["serve", "m", "--max-adapter"], "unrecognized arguments: --max-adapter"),
+        (["adapters", "prefetch"], "the following arguments are required: NAME"),
         (["adapters", "load", "x"], "argument NAME=PATH: expected NAME=PATH, got 'x'"),
     ],
 )
@@ -136,6 +137,17 @@ def test_loading_sends_an_absolute_path_and_what_was_asked_for(server: FakeServe
         "pinned": True,
     }
     assert server.asked == [("/v1/load_lora_adapter", body)]
+
+
+def test_prefetching_says_where_each_adapter_lies(
+    server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = "/v1/prefetch_lora_adapters"
+    data = [{"lora_name": "shout", "residency": "gpu"}, {"lora_name": "json", "residency": "disk"}]
+    server.answers = {path: (200, msgspec.json.encode({"data": data}).decode())}
+    assert main(["adapters", "prefetch", "shout", "json", "--url", server.url]) == 0
+    assert server.asked == [(path, {"lora_names": ["shout", "json"]})]
+    assert capsys.readouterr().out == "shout lies in gpu\njson lies in disk\n"
 
 
 def test_an_error_of_the_server_is_shown_in_its_own_words(

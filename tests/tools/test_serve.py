@@ -8,7 +8,14 @@ import msgspec
 import pytest
 
 from api.config import ApiConfig
-from engine.config import DeviceKind, EngineConfig, LoadFormat, ModelDType, StartAdapter
+from engine.config import (
+    AdapterLoading,
+    DeviceKind,
+    EngineConfig,
+    LoadFormat,
+    ModelDType,
+    StartAdapter,
+)
 from ipc.errors import InvalidRequest, Unavailable
 from loader.config import LoaderConfig
 from tools.cli import make_parser
@@ -73,6 +80,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--max-adapter-memory", "3MiB", 3 << 20),
     ("--host-tier-memory", "5MiB", 5 << 20),
     ("--max-lora-rank", "64", 64),
+    ("--adapter-loading", "blocking", AdapterLoading.BLOCKING),
     ("--max-adapter-wait", "0.5", 0.5),
     ("--adapter-load-timeout", "11", 11.0),
     ("--adapter-cohorts", "", True),

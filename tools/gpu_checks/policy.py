@@ -34,6 +34,7 @@ def build_policy(config: EngineConfig, compute: Compute) -> Policy:
             max_sequence_tokens=min(compute.model.max_model_len, num_blocks * config.block_size),
             max_adapter_wait_s=config.max_adapter_wait_s,
             eos_token_ids=frozenset(),
+            adapter_loading=config.adapter_loading,
         ),
         blocks,
         residency,
