@@ -13,6 +13,7 @@ from engine.assembly import Engine
 from engine.config import EngineConfig
 from ipc.errors import SidestreamError
 from ipc.process import Child, adopt
+from ipc.trace import open_recorder
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ async def _serve(child: Child[EngineConfig]) -> int:
             stopped.set_result(status)
 
     loop.add_signal_handler(signal.SIGTERM, stop, 0)
+    recorder = open_recorder(child.config.trace, "engine")
     try:
-        engine = Engine(child.config, child.epoch, child.run_folder)
+        engine = Engine(child.config, child.epoch, child.run_folder, recorder)
     except SidestreamError as error:
         child.failed(error)
         return 1
@@ -73,6 +75,8 @@ async def _serve(child: Child[EngineConfig]) -> int:
         engine.close()
         for thread in threads:
             thread.join(JOIN_TIMEOUT_S)
+        if recorder is not None:
+            recorder.close()
         child.run_folder.leave()
 
 

@@ -13,9 +13,9 @@ from engine.block_manager import BlockManager
 from engine.cohorts import Cohorts
 from engine.compute import build_compute
 from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.core import EngineCore, Runner, Slots
 from engine.crossings import Crossings
-from engine.device import open_device
+from engine.device import CudaDevice, open_device
 from engine.loader_link import LoaderLink
 from engine.lora.placer import Placer
 from engine.lora.slots import PoolSlots
@@ -27,9 +27,11 @@ from engine.server import EngineServer
 from engine.slot_allocator import SlotAllocator
 from engine.stats import Capacities
 from engine.step_costs import StepCosts
+from engine.step_trace import LoadNames, TracedRunner, TracedSlots
 from engine.validation import RequestLimits
 from ipc.endpoints import RunFolder
 from ipc.messages import EngineHello, Epoch, RingGrant
+from ipc.trace import NO_TRACE, Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,13 @@ class Engine:
         SidestreamError: the configuration or the model can not be served.
     """
 
-    def __init__(self, config: EngineConfig, epoch: Epoch, run_folder: RunFolder) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        epoch: Epoch,
+        run_folder: RunFolder,
+        recorder: Recorder | None = None,
+    ) -> None:
         device = open_device(config.device)
         compute = build_compute(config, device)
         model, base, pool = compute.model, compute.base, compute.pool
@@ -83,13 +91,22 @@ class Engine:
         self._ring, chunks = open_ring(
             device, config.num_staging_chunks, config.staging_chunk_bytes
         )
-        self.placer = Placer(device, pool, chunks, crossings.submit)
+        names = LoadNames()
+        self.placer = Placer(
+            device, pool, chunks, crossings.submit, recorder or NO_TRACE, names.name
+        )
+        runner: Runner = compute.runner
+        pool_slots: Slots = PoolSlots(device, self.placer, compute.tables)
+        if recorder is not None:
+            mark = device.record_timed_event if isinstance(device, CudaDevice) else None
+            runner = TracedRunner(runner, names, recorder, mark)
+            pool_slots = TracedSlots(pool_slots, names)
         self.core = EngineCore(
             scheduler,
             residency,
             blocks,
-            compute.runner,
-            PoolSlots(device, self.placer, compute.tables),
+            runner,
+            pool_slots,
             device.is_asynchronous,
             config.max_waiting,
             config.seed,

@@ -83,3 +83,5 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     adapter_cohorts: bool = False
     num_staging_chunks: int = 4
     staging_chunk_bytes: int = 32 * MiB
+
+    trace: str | None = None

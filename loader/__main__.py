@@ -8,6 +8,7 @@ import uvloop
 
 from ipc.errors import Unavailable
 from ipc.process import Child, adopt
+from ipc.trace import NO_TRACE, open_recorder
 from loader.config import LoaderConfig
 from loader.service import LoaderService
 
@@ -28,8 +29,11 @@ async def serve(child: Child[LoaderConfig], service: LoaderService) -> None:
 def main() -> int:
     child = adopt(LoaderConfig)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    recorder = open_recorder(child.config.trace, "loader")
     try:
-        service = LoaderService(child.config, child.epoch, child.run_folder)
+        service = LoaderService(
+            child.config, child.epoch, child.run_folder, recorder=recorder or NO_TRACE
+        )
     except OSError as error:
         child.failed(
             Unavailable(
@@ -40,6 +44,8 @@ def main() -> int:
     try:
         uvloop.run(serve(child, service))
     finally:
+        if recorder is not None:
+            recorder.close()
         child.run_folder.leave()
     return 0
 

@@ -29,6 +29,7 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ``host_tier_bytes`` is the whole memory for adapter images, so it bounds each of them.
     ``inject_read_delay_s`` is for tests alone: every block of a file is held back that long
     before it is read, as a slow disk would; a small adapter is one block.
+    ``trace`` is the file that what happens is recorded in.
     """
 
     host_tier_bytes: int = 4 * GiB
@@ -37,6 +38,7 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     num_read_threads: int = default_read_threads()
     read_block_bytes: int = 4 * MiB
     inject_read_delay_s: float = 0.0
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("host_tier_bytes", "num_read_threads", "read_block_bytes"):

@@ -117,7 +117,7 @@ class Loads:
 
     def stage(self, load_id: LoadId, source: AdapterSource) -> None:
         """Queues a load behind the others."""
-        load = Load(load_id, time.monotonic())
+        load = Load(load_id, time.monotonic(), source.path)
         self._stager.add(load)
         self._staged[load_id] = (load, source)
         self._advance()

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from ipc.errors import AdapterInvalid, Cancelled, Internal, SidestreamError
+from ipc.trace import NO_TRACE
 from loader.blocks import Block, BlockReader, cut
 from loader.host_tier import HostImage
 from loader.inspector import OpenAdapter
+from loader.load_trace import LoadTrace
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class ImageRead:
         self.adapter = adapter
         self.blocks = blocks
         self.began_s = began_s
+        self.first_block_s: float | None = None
         self.error: SidestreamError | None = None
         self.num_begun = 0
         self.finished = [False] * len(blocks)
@@ -53,11 +56,13 @@ class Reader:
         progressed: Callable[[], None],
         ended: Callable[[ImageRead], None],
         before_block: Callable[[Block], None] | None = None,
+        trace: LoadTrace | None = None,
     ) -> None:
         self._block_bytes = block_bytes
         self._progressed = progressed
         self._ended = ended
         self._before_block = before_block
+        self._trace = LoadTrace(NO_TRACE) if trace is None else trace
         self._changed = threading.Condition()
         self._reads: list[ImageRead] = []
         self._stopping = False
@@ -129,6 +134,8 @@ class Reader:
             return None
         for read in self._reads:
             if read.wants_reading:
+                if read.first_block_s is None:
+                    read.first_block_s = time.monotonic()
                 read.num_begun += 1
                 read.num_in_flight += 1
                 return read, read.num_begun - 1
@@ -174,6 +181,14 @@ class Reader:
             if read.error is None:
                 files.check_unchanged()
                 read.image.read_s = time.monotonic() - read.began_s
+                assert read.first_block_s is not None
+                self._trace.read(
+                    files.folder,
+                    read.image.generation.counter,
+                    read.image.num_bytes,
+                    read.first_block_s,
+                    time.monotonic(),
+                )
                 read.image.verified = True
         except SidestreamError as error:
             read.error = error

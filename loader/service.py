@@ -36,6 +36,7 @@ from ipc.messages import (
     Warm,
 )
 from ipc.ring_memory import RingTarget
+from ipc.trace import NO_TRACE, Recorder
 from loader.adapter_files import AdapterFolders
 from loader.blocks import Block, BlockReader
 from loader.config import LoaderConfig
@@ -43,6 +44,7 @@ from loader.daemon_threads import DaemonThreads
 from loader.engine_link import EngineConnection, EngineLink, EngineLostError, attach_ring
 from loader.host_tier import SEGMENT_BYTES, HostTier
 from loader.inspector import Inspector, OpenAdapter
+from loader.load_trace import LoadTrace
 from loader.loads import Loads
 from loader.pinning import Pinner
 from loader.reader import Reader
@@ -71,12 +73,14 @@ class LoaderService:
         before_block: Callable[[Block], None] | None = None,
         attach: Callable[[RingGrant, int], RingTarget] = attach_ring,
         segment_bytes: int = SEGMENT_BYTES,
+        recorder: Recorder = NO_TRACE,
     ) -> None:
         self._config = config
         self._epoch = epoch
         self._run_folder = run_folder
         self._before_block = before_block
         self._attach = attach
+        self._trace = LoadTrace(recorder)
         if before_block is None and config.inject_read_delay_s > 0:
             self._before_block = lambda _: time.sleep(config.inject_read_delay_s)
         # Whether its memory has to be pinned first, an engine's ring will tell.
@@ -98,6 +102,7 @@ class LoaderService:
         self._opening = DaemonThreads("open", NUM_OPEN_THREADS, self._loop)
         self._stager = Stager(
             ended=lambda load: self._post(lambda: self._loads.load_ended(load)),
+            trace=self._trace,
         )
         self._reader = Reader(
             self._config.num_read_threads,
@@ -105,6 +110,7 @@ class LoaderService:
             progressed=self._stager.wake,
             ended=lambda read: self._post(lambda: self._loads.read_ended(read)),
             before_block=self._before_block,
+            trace=self._trace,
         )
         self._loads = Loads(self._tier, self._reader, self._stager, self._open_files)
         for part in (self._inspecting, self._opening, self._stager, self._reader):

@@ -31,7 +31,9 @@ from ipc.messages import (
 )
 from ipc.ring import RingWriter
 from ipc.ring_memory import RingTarget
+from ipc.trace import NO_TRACE
 from loader.host_tier import HostImage
+from loader.load_trace import LoadTrace
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Load:
 
     load_id: LoadId
     queued_s: float
+    path: str = ""
     image: HostImage | None = None
     from_host_tier: bool = False
     next_byte: int = 0
@@ -82,6 +85,7 @@ class _Copy:
     chunk: int
     start: int
     stop: int
+    begin_s: float
     error: SidestreamError | None = None
 
 
@@ -93,8 +97,9 @@ class Stager:
     image is not read any more.
     """
 
-    def __init__(self, ended: Callable[[Load], None]) -> None:
+    def __init__(self, ended: Callable[[Load], None], trace: LoadTrace | None = None) -> None:
         self._ended = ended
+        self._trace = LoadTrace(NO_TRACE) if trace is None else trace
         lock = threading.RLock()
         self._may_begin = threading.Condition(lock)
         self._may_wait = threading.Condition(lock)
@@ -228,7 +233,7 @@ class Stager:
         load.next_byte = stop
         load.num_copies += 1
         self._num_copies += 1
-        return _Copy(ring, load, chunk, start, stop)
+        return _Copy(ring, load, chunk, start, stop, time.monotonic())
 
     def _write(self, copy: _Copy) -> SidestreamError | None:
         assert copy.load.image is not None
@@ -275,9 +280,18 @@ class Stager:
             elif load.num_copies == 0:
                 self._ended(load)
             return
+        assert load.image is not None
+        self._trace.staged(
+            load.load_id,
+            load.path,
+            load.image.generation.counter,
+            copy.chunk,
+            (copy.start, copy.stop),
+            copy.begin_s,
+            time.monotonic(),
+        )
         ring.writer.sent(copy.chunk)
         ring.send(ChunkReady(load.load_id, copy.chunk, copy.start, copy.stop - copy.start))
-        assert load.image is not None
         if copy.stop == load.image.num_bytes:
             ring.send(LoadSent(load.load_id, self._timing(load)))
             self._end(load)

@@ -25,13 +25,14 @@ from engine.batch import flatten, to_device
 from engine.block_manager import BlockManager
 from engine.commands import AddAdapter, AddRequest, LoaderConnected, LoadPlaced
 from engine.config import AdapterLoading
-from engine.core import EngineCore
+from engine.core import EngineCore, Runner
 from engine.device import CpuDevice
 from engine.drawn_tokens import DrawnStep, DrawnTokens
 from engine.plan import LaunchedStep, StepPlan
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.slot_allocator import SlotAllocator
+from engine.step_trace import LoadNames, TracedRunner
 from ipc.base_model import LINEAR_MODULES, BaseModel, DType, LinearShape
 from ipc.image import AdapterModule, layout_image
 from ipc.messages import (
@@ -45,6 +46,7 @@ from ipc.messages import (
     StepOutputs,
     TokenDelta,
 )
+from ipc.trace import Recorder, open_recorder
 
 BOUND_MS = 3.0
 BLOCK_SIZE = 16
@@ -119,8 +121,10 @@ def manifest(base: BaseModel, adapter_id: AdapterId) -> Manifest:
     return Manifest("/adapter", generation, "peft", modules, 16, num_bytes, num_bytes)
 
 
-def measure(num_requests: int, num_adapters: int, num_steps: int) -> dict[str, float]:
-    """Milliseconds per step: median, 99th percentile and largest."""
+def measure(
+    num_requests: int, num_adapters: int, num_steps: int, recorder: Recorder | None = None
+) -> dict[str, float]:
+    """Milliseconds per step: median, 99th percentile and largest; of traced ones if recorded."""
     base = base_model()
     slots = AdapterSlots(SlotAllocator(num_adapters * manifest(base, AdapterId(0)).image_bytes))
     residency = AdapterResidency(base, slots)
@@ -131,11 +135,14 @@ def measure(num_requests: int, num_adapters: int, num_steps: int) -> dict[str, f
     limits = SchedulerLimits(num_requests, 8192, longest, 2.0, frozenset(), AdapterLoading.OVERLAP)
     scheduler = Scheduler(limits, blocks, residency, AdapterDemand(residency, slots, 60.0))
     clients, pool = Clients(), InstantSlots()
+    runner: Runner = FixedRunner()
+    if recorder is not None:
+        runner = TracedRunner(runner, LoadNames(), recorder, None)
     core = EngineCore(
         scheduler,
         residency,
         blocks,
-        FixedRunner(),
+        runner,
         pool,
         overlap_steps=False,
         max_waiting=num_requests,
@@ -183,9 +190,13 @@ def main() -> int:
     parser.add_argument("--adapters", type=int, default=16, help="adapters (%(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="measured steps (%(default)s)")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    parser.add_argument("--trace", help="record the steps in this file, to measure what it costs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result = measure(options.requests, options.adapters, options.steps)
+    recorder = open_recorder(options.trace, "bench")
+    result = measure(options.requests, options.adapters, options.steps, recorder)
+    if recorder is not None:
+        recorder.close()
     if options.out is not None:
         options.out.write_text(json.dumps({**vars(options), **result}, default=str) + "\n")
     Console(highlight=False, soft_wrap=True).print(

@@ -41,6 +41,7 @@ class SupervisorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     log_level: LogLevel = LogLevel.INFO
     startup_timeout_s: float = 300.0
+    trace: str | None = None
 
 
 ConfigType = type[EngineConfig] | type[LoaderConfig] | type[ApiConfig] | type[SupervisorConfig]
@@ -350,6 +351,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             parse_seconds,
             "SECONDS",
             "How long each process may take until it is ready.",
+        ),
+        Option(
+            "--trace",
+            SupervisorConfig,
+            "trace",
+            parse_path,
+            "FILE",
+            "Record every step and every adapter's way in there, for Perfetto to show.",
         ),
     ),
 }

@@ -20,6 +20,7 @@ from engine.config import EngineConfig, StartAdapter
 from ipc import log
 from ipc.endpoints import RunFolder
 from ipc.errors import InvalidRequest, Unavailable
+from ipc.trace import create_trace
 from loader.config import LoaderConfig
 from tools.child import ChildSpec
 from tools.options import SupervisorConfig, add_options, given_values
@@ -121,6 +122,7 @@ def plan_server(arguments: argparse.Namespace) -> ServePlan:
             loader=LoaderConfig(
                 adapter_roots=tuple(allowed),
                 lora_dir=str(lora_dir) if lora_dir else None,
+                trace=supervisor.trace,
                 **given_values(arguments, LoaderConfig),
             ),
             engine=EngineConfig(
@@ -128,6 +130,7 @@ def plan_server(arguments: argparse.Namespace) -> ServePlan:
                 served_model_name=name,
                 adapters=adapters,
                 lora_dir=str(lora_dir) if lora_dir else None,
+                trace=supervisor.trace,
                 **given_values(arguments, EngineConfig),
             ),
             api=ApiConfig(
@@ -163,10 +166,13 @@ def serve(plan: ServePlan, announce: Callable[[ReadyServer], None]) -> int:
     1: one had to be killed.
 
     Raises:
+        InvalidRequest: the trace's file can not be written.
         Unavailable: the server could not start, and why.
     """
     level = plan.supervisor.log_level.value
     log.configure("supervisor", level)
+    if plan.supervisor.trace is not None:
+        create_trace(Path(plan.supervisor.trace))
     with reserve_port(plan.api.host, plan.api.port) as port:
         settled = replace(plan, api=msgspec.structs.replace(plan.api, port=port))
 

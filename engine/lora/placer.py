@@ -11,6 +11,7 @@ its copies take a fraction of the time in which the bus fills the next one.
 """
 
 import select
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
@@ -26,6 +27,9 @@ from ipc.errors import Internal
 from ipc.image import ImageLayout
 from ipc.messages import ChunkReady, ChunkReleased, LoadId
 from ipc.ring import RingReader
+from ipc.trace import NO_TRACE, Args, Flow, Recorder
+
+LOAD_TRACK = "load stream"
 
 
 @dataclass(slots=True)
@@ -84,6 +88,7 @@ class Placer:
     """Moves bytes from the ring to the pool and reports; decides nothing.
 
     ``post`` takes a command for the step thread; it is called on this thread and must not block.
+    ``adapter_name`` tells ``recorder`` what a load brings.
     """
 
     def __init__(
@@ -92,9 +97,13 @@ class Placer:
         pool: AdapterPool,
         ring: tuple[torch.Tensor, ...],
         post: Callable[[Command], None],
+        recorder: Recorder = NO_TRACE,
+        adapter_name: Callable[[LoadId], str] = lambda load_id: "",
     ) -> None:
         self._device = device
         self._post = post
+        self._recorder = recorder
+        self._adapter_name = adapter_name
         self._arena_bytes = pool.num_bytes
         self._arena_address = pool.extent_view(0, pool.num_bytes).data_ptr()
         self._chunk_bytes = [chunk.numel() for chunk in ring]
@@ -199,7 +208,9 @@ class Placer:
             self._post(LoadBroken(ready.load_id, Internal(problem).info))
             return
         self._ledger.copying(ready.chunk)
+        begin_s = time.monotonic()
         self._copy(load, ready)
+        self._record(ready, begin_s, time.monotonic())
         self._give_back(ready.chunk)
         if load.placement.next_offset == load.placement.layout.num_bytes:
             del self._loads[ready.load_id]
@@ -223,6 +234,20 @@ class Placer:
         self._device.record_load_event(self._copied)
         self._copied.synchronize()
         load.placement.next_offset = end
+
+    def _record(self, ready: ChunkReady, begin_s: float, end_s: float) -> None:
+        if not self._recorder.enabled:
+            return
+        name = self._adapter_name(ready.load_id)
+        args: Args = {
+            "adapter": name,
+            "load": ready.load_id,
+            "image_offset": ready.image_offset,
+            "bytes": ready.num_bytes,
+        }
+        self._recorder.span(LOAD_TRACK, f"copy {name}", begin_s, end_s, args)
+        if ready.image_offset == 0:
+            self._recorder.flow(LOAD_TRACK, "load", ready.load_id, Flow.STEP, begin_s)
 
     def _runs(self, placement: Placement) -> list[tuple[int, int]]:
         """Stages whose extents touch as they do in the image are one run."""

@@ -24,7 +24,7 @@ from tools.serve import ServePlan, plan_server, reserve_port, server_spec
 
 # What positional arguments set, and options that mean something to several processes.
 COMPOSED = {
-    EngineConfig: {"model", "served_model_name", "adapters", "lora_dir"},
+    EngineConfig: {"trace", "model", "served_model_name", "adapters", "lora_dir"},
     SupervisorConfig: set[str](),
 }
 
@@ -91,6 +91,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--catalog", "/catalog.json", "/catalog.json"),
     ("--log-level", "debug", LogLevel.DEBUG),
     ("--startup-timeout", "12", 12.0),
+    ("--trace", "/tmp/trace.json", "/tmp/trace.json"),
 ]
 
 
