@@ -69,7 +69,7 @@ async def test_tokens_that_come_after_a_cancellation_are_dropped() -> None:
             last = TokenDelta(second, [2], finish_reason=FinishReason.LENGTH)
             front.engine.send(last)
             assert [item async for item in stream] == [(1, last)]
-        assert front.engine.cancelled == [first]
+        await until(lambda: front.engine.cancelled == [first])
 
 
 @on_loop
