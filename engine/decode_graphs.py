@@ -21,14 +21,13 @@ from torch import Tensor
 
 from engine.attention import AttentionStep
 from engine.batch import DeviceBatch, FlatBatch
-from engine.device import CudaDevice, Event
+from engine.device import CudaDevice
 from engine.lora.linear import LoraStep, NoAdapters
 from engine.lora.segments import Segment
 from engine.models.decoder import Decoder
+from engine.uploads import Rows
 
 logger = logging.getLogger(__name__)
-
-_NUM_STAGING_BUFFERS = 2
 
 
 class StaticAttention(Protocol):
@@ -68,15 +67,6 @@ class _Graph:
     logits: Tensor
 
 
-class _StagingBuffer:
-    """Pinned memory that a step's inputs are written into; free once its copy is done."""
-
-    def __init__(self, num_values: int) -> None:
-        self.tensor = torch.empty(num_values, dtype=torch.int32, pin_memory=True)
-        self.array: npt.NDArray[np.int32] = self.tensor.numpy()
-        self.copied: Event | None = None
-
-
 class _Inputs:
     """Where each input lies in the packed buffer of one batch size, int32.
 
@@ -100,12 +90,13 @@ class _Inputs:
     def tables(self, packed: Tensor) -> Tensor:
         return packed[self.tables_start : self.num_values].view(self.num_rows, self.table_width)
 
-    def write(self, array: npt.NDArray[np.int32], batch: FlatBatch) -> int:
-        """Packs ``batch`` and fills it up; returns how many values are to be copied.
+    def pack(self, batch: FlatBatch) -> tuple[npt.NDArray[np.int32], Rows]:
+        """The values of ``batch``, filled up, and where in the packed buffer they go.
 
         Columns of a block table behind its context keep what was there: they are never read.
         """
-        num_used = len(batch.context_lens)
+        num_used, width = batch.block_tables.shape
+        array = np.empty(self.tables_start + num_used * width, dtype=np.int32)
         fields = array[: self.tables_start].reshape(len(self.FIELDS), self.num_rows)
         token_ids, pending, positions, slots, context_lens, sample_rows = fields
         token_ids[:num_used] = batch.token_ids
@@ -120,10 +111,8 @@ class _Inputs:
         context_lens[num_used:] = 0
         sample_rows[:num_used] = batch.sample_rows
         sample_rows[num_used:] = 0
-        end = self.tables_start + num_used * self.table_width
-        tables = array[self.tables_start : end].reshape(num_used, self.table_width)
-        tables[:, : batch.block_tables.shape[1]] = batch.block_tables
-        return end
+        array[self.tables_start :] = batch.block_tables.reshape(-1)
+        return array, Rows(self.tables_start, width, self.table_width)
 
 
 class DecodeGraphs:
@@ -153,7 +142,6 @@ class DecodeGraphs:
         self._sizes = sorted(self._inputs)
         largest = self._inputs[self._sizes[-1]].num_values
         self._packed = torch.zeros(largest, dtype=torch.int32, device=device.torch_device)
-        self._staging = [_StagingBuffer(largest) for _ in range(_NUM_STAGING_BUFFERS)]
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -187,14 +175,8 @@ class DecodeGraphs:
         """
         num_rows = len(batch.context_lens)
         size = next(size for size in self._sizes if size >= num_rows)
-        staging = self._staging[0]
-        self._staging.append(self._staging.pop(0))
-        if staging.copied is not None:
-            # Two steps ago: it has long been done unless the host is far ahead.
-            staging.copied.synchronize()
-        end = self._inputs[size].write(staging.array, batch)
-        self._packed[:end].copy_(staging.tensor[:end], non_blocking=True)
-        staging.copied = self._device.record_forward_event()
+        values, rows = self._inputs[size].pack(batch)
+        self._device.upload_into(values, self._packed, rows)
         with_adapters = bool(batch.segments)
         if with_adapters:
             self._lora_steps[size].fill(batch.segments)

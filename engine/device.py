@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -22,12 +23,17 @@ from ipc.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from engine.cuda_copies import StreamCopies
+    from engine.uploads import Rows
 
 _TORCH_DTYPES = {
     DType.FLOAT32: torch.float32,
     DType.FLOAT16: torch.float16,
     DType.BFLOAT16: torch.bfloat16,
 }
+
+
+# Many steps' inputs: the host is one step ahead.
+_UPLOAD_BYTES = 8 << 20
 
 
 class Event(Protocol):
@@ -61,6 +67,12 @@ class Device(Protocol):
         On a CPU it shares the array's memory: the caller gives the array away.
         """
         ...
+
+    def upload_into(self, array: npt.NDArray[Any], target: Tensor) -> None:
+        """What the forward stream is given from now on finds ``array`` in ``target``.
+
+        ``target`` is contiguous and as many bytes long. The caller keeps ``array``.
+        """
 
     def download(self, tensor: Tensor) -> Tensor:
         """Enqueues a copy to the host on the current stream; an event behind it says it is there.
@@ -146,6 +158,10 @@ class CpuDevice:
     def upload(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array)
 
+    def upload_into(self, array: npt.NDArray[Any], target: Tensor) -> None:
+        source = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        target.view(-1).view(torch.uint8).copy_(source)
+
     def download(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
 
@@ -183,13 +199,20 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """One GPU with a forward and a load stream of its own."""
+    """One GPU with a forward and a load stream of its own.
+
+    Arrays go to it by kernels that read pinned memory: see ``engine.kernels.host_reads``.
+    """
 
     def __init__(self, index: int = 0) -> None:
+        # Imported here alone: a machine without a GPU need not have Triton.
+        from engine.uploads import Uploads
+
         self._device = torch.device("cuda", index)
         self._forward = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._load = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._copies: StreamCopies | None = None
+        self._uploads = Uploads(_UPLOAD_BYTES)
 
     @property
     def torch_device(self) -> torch.device:
@@ -204,9 +227,16 @@ class CudaDevice:
         return DeviceMemory(*torch.cuda.mem_get_info(self._device))
 
     def upload(self, array: npt.NDArray[Any]) -> Tensor:
-        # Torch keeps the pinned block back until the copy that reads it is done.
-        pinned = torch.from_numpy(array).pin_memory()
-        return pinned.to(self._device, non_blocking=True)
+        target = torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=self._device)
+        self._uploads.send(array, target)
+        return target
+
+    def upload_into(
+        self, array: npt.NDArray[Any], target: Tensor, rows: "Rows | None" = None
+    ) -> None:
+        """As for every device; ``rows`` says where in ``target`` if not as they lie."""
+        with self.forward_stream():
+            self._uploads.send(array, target, rows)
 
     def download(self, tensor: Tensor) -> Tensor:
         # Torch keeps the pinned block back until the copy that writes it is done.

@@ -13,7 +13,8 @@ row can be in flight together. What a stream promises still holds, by three rule
 3. Before its wait a program reads only what no launch in flight can write. Those in flight reach
    back to the last launch that may not overlap, as a library's product, and include it: it began
    when all before it had completed. So weights, a step's inputs, and what former steps left in the
-   KV cache may be read; what the layer has computed so far may not.
+   KV cache may be read; what the layer has computed so far may not. A step's inputs come by a
+   launch themselves, so between it and the first launch that may overlap stands one that may not.
 
 Source: CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA,
 ``griddepcontrol``.

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from engine.device import Device
 from engine.lora.pool import check_served
-from engine.lora.uploads import Uploads
 from ipc.base_model import LINEAR_GROUPS, LINEAR_MODULES, BaseModel
 from ipc.errors import Internal
 from ipc.image import ENTRY_ALIGNMENT, AdapterModule, Entry, EntryKind, ImageLayout, padded_rank
@@ -44,8 +43,6 @@ RECORD = np.dtype(
         "itemsize": 64,
     }
 )
-# Adapters that can be installed before the first of their copies is done.
-_NUM_UPLOAD_BUFFERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +71,7 @@ class AdapterTable:
         self.records = torch.zeros(
             (*shape, RECORD.itemsize // 8), dtype=torch.int64, device=device.torch_device
         )
-        record_bytes = RECORD.itemsize * base.num_layers * len(LINEAR_MODULES)
-        self._uploads = Uploads(device, record_bytes, _NUM_UPLOAD_BUFFERS)
+        self._device = device
         self._entries: dict[AdapterId, TableEntry] = {}
         # In the order in which they became free.
         self._free = deque(range(max_adapters))
@@ -100,7 +96,7 @@ class AdapterTable:
             raise Internal(f"adapter {adapter_id}: the table's {len(self._entries)} rows are full")
         records = self._describe(modules, layout, extents)
         index = self._free.popleft()
-        self._uploads.send(records, self.records[index])
+        self._device.upload_into(records, self.records[index])
         self._entries[adapter_id] = TableEntry(index, int(records["rank"].max(initial=0)))
 
     def remove(self, adapter_id: AdapterId) -> None:

@@ -20,13 +20,9 @@ from engine.lora.launches import (
 from engine.lora.pool import AdapterPool
 from engine.lora.segments import Segment
 from engine.lora.table import AdapterTable, views
-from engine.lora.uploads import Uploads
 from engine.lora.work import UNIT_WORDS, RowSegment, list_row_tiles, list_units
 from ipc.base_model import BaseModel
 from ipc.image import ENTRY_ALIGNMENT
-
-# Steps whose work can be enqueued before the first of them has taken its list.
-_NUM_UPLOAD_BUFFERS = 4
 
 
 class TritonLora:
@@ -134,7 +130,7 @@ class GraphStep:
         self._shape = tuning.unit_shape()
         shape = (1 + self._shape.max_units(max_rows), UNIT_WORDS)
         self._units = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
-        self._uploads = Uploads(device, self._units.nbytes, _NUM_UPLOAD_BUFFERS)
+        self._device = device
         self.segments = SmallSegments(launches, self._units, max_rows)
 
     def fill(self, segments: tuple[Segment, ...]) -> None:
@@ -145,7 +141,7 @@ class GraphStep:
         found = _row_segments(segments, self._table)
         assert sum(segment.num_rows for segment in found) <= self._max_rows, segments
         listed = list_units(found, self._shape)
-        self._uploads.send(listed, self._units[: len(listed)])
+        self._device.upload_into(listed, self._units[: len(listed)])
 
     def add(self, layer: int, group: ModuleGroup, x: Tensor, out: Tensor) -> None:
         # Side by side, so that the B's are read while the shrinking still runs. Measured with the
