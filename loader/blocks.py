@@ -20,6 +20,11 @@ from loader.native.runs import FILE_FORMATS, IMAGE_FORMATS, RUN, Fault, conversi
 from loader.plan import AdapterPlan
 
 
+# Smaller blocks cost more in waking threads than they gain in keeping all of them busy.
+_LEAST_BLOCK_BYTES = 1 << 20
+_BLOCKS_PER_THREAD = 4
+
+
 class Block(NamedTuple):
     """``[start, stop)`` of the image and the ``RUN`` records that fill it, in the files' order."""
 
@@ -34,6 +39,13 @@ class _Piece(NamedTuple):
     start: int
     stop: int
     run: tuple[int, ...]
+
+
+def spread(image_bytes: int, num_threads: int, block_bytes: int) -> int:
+    """How large blocks should be, ``block_bytes`` at most, to keep all threads busy to the end."""
+    return min(
+        block_bytes, max(_LEAST_BLOCK_BYTES, image_bytes // (_BLOCKS_PER_THREAD * num_threads))
+    )
 
 
 def cut(plan: AdapterPlan, block_bytes: int) -> list[Block]:

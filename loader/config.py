@@ -11,15 +11,13 @@ MAX_READ_THREADS = 16
 
 
 def default_read_threads() -> int:
-    """Three in four of the machine's cores, at least 2 and at most ``MAX_READ_THREADS``.
+    """As many as the machine has cores, at least 2 and at most ``MAX_READ_THREADS``.
 
-    Half of a machine's cores, copying out of the page cache, come close to what its memory gives
-    (29 GB/s for eight of 16). Ours also check what they read, which takes them about a tenth of
-    their time, and casting takes some of them half of it. The cores that are left belong to the
-    engine's threads and to ours that feed the GPU; beyond the upper bound threads would only wait
-    for each other, and for the GIL.
+    Reading out of the page cache is bound by the cores that copy and check. The threads step back
+    for whoever else wants one (``Reader``): the engine's threads, and ours that feed the GPU.
+    Beyond the upper bound they would only wait for each other, and for the GIL.
     """
-    return min(max(2, (os.cpu_count() or 1) * 3 // 4), MAX_READ_THREADS)
+    return min(max(2, os.cpu_count() or 1), MAX_READ_THREADS)
 
 
 class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -36,7 +34,7 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     adapter_roots: tuple[str, ...] = ()
     lora_dir: str | None = None
     num_read_threads: int = default_read_threads()
-    read_block_bytes: int = 4 * MiB
+    read_block_bytes: int = 8 * MiB
     inject_read_delay_s: float = 0.0
     trace: str | None = None
 

@@ -5,18 +5,22 @@ and its files found unchanged behind the last byte, or with the first error.
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from ipc.errors import AdapterInvalid, Cancelled, Internal, SidestreamError
 from ipc.trace import NO_TRACE
-from loader.blocks import Block, BlockReader, cut
+from loader.blocks import Block, BlockReader, cut, spread
 from loader.host_tier import HostImage
 from loader.inspector import OpenAdapter
 from loader.load_trace import LoadTrace
 
 logger = logging.getLogger(__name__)
+
+# Of a thread that reads: whoever else wants the core gets most of it.
+_NICENESS = 10
 
 
 class ImageRead:
@@ -43,6 +47,9 @@ class ImageRead:
 
 class Reader:
     """A fixed number of threads that read blocks. They are daemons: a hung disk ends with us.
+
+    Blocks have ``block_bytes``, or less where an image would not keep all threads busy to its end.
+    Threads run at low priority, so that they take only what time the engine's threads leave.
 
     ``before_block`` is called on the reading thread before each block; ``progressed`` whenever
     more of an image is in place; ``ended`` once for each read, when no thread touches its image
@@ -86,7 +93,8 @@ class Reader:
 
     def begin(self, image: HostImage, adapter: OpenAdapter) -> ImageRead:
         """Begins to fill ``image``, as the least urgent. Owns ``adapter.files`` from now on."""
-        blocks = cut(adapter.plan, self._block_bytes)
+        num_bytes = adapter.plan.layout.num_bytes
+        blocks = cut(adapter.plan, spread(num_bytes, len(self._threads), self._block_bytes))
         read = ImageRead(image, adapter, blocks, time.monotonic())
         with self._changed:
             self._reads.append(read)
@@ -108,6 +116,8 @@ class Reader:
             self._finish(read)
 
     def _run(self) -> None:
+        # Linux keeps a niceness for each thread.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         block_reader = BlockReader()
         while True:
             with self._changed:

@@ -12,7 +12,7 @@ import pytest
 from ipc.base_model import BaseModel, DType
 from ipc.messages import AdapterId, AdapterSource
 from loader.adapter_files import AdapterFolders
-from loader.blocks import Block, cut
+from loader.blocks import Block, cut, spread
 from loader.host_tier import HostImage, HostTier
 from loader.inspector import Inspector, OpenAdapter
 from loader.reader import ImageRead, Reader
@@ -99,6 +99,34 @@ def test_ranks_dtypes_and_layers_may_be_mixed_in_one_file(tmp_path: Path) -> Non
     write_folder(tmp_path / "a", tensors, config)
     read = Reading(700).read(tmp_path / "a", base)
     assert contents(read.image) == image_bytes(base, tensors)
+
+
+@pytest.mark.parametrize(
+    ("image_mib", "expected_mib"), [(0.5, 1), (16, 1), (128, 2), (512, 8), (1280, 8)]
+)
+def test_small_images_have_small_blocks_so_that_every_thread_gets_some(
+    image_mib: float, expected_mib: int
+) -> None:
+    mib = 1 << 20
+    assert spread(int(image_mib * mib), num_threads=16, block_bytes=8 * mib) == expected_mib * mib
+
+
+def test_blocks_are_never_larger_than_asked_for() -> None:
+    assert spread(1 << 30, num_threads=1, block_bytes=4096) == 4096
+
+
+def test_threads_that_read_step_back_for_others(tmp_path: Path) -> None:
+    base = base_model()
+    write_adapter(tmp_path / "a", base, rank=8)
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    theirs: list[int] = []
+
+    def before_block(_: Block) -> None:
+        theirs.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    Reading(1 << 20, before_block=before_block).read(tmp_path / "a", base)
+    assert theirs and all(each > mine for each in theirs)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == mine
 
 
 def test_blocks_cover_the_image_without_gaps(tmp_path: Path) -> None:
