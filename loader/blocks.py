@@ -19,7 +19,6 @@ from loader.host_tier import HostImage
 from loader.native.runs import FILE_FORMATS, IMAGE_FORMATS, RUN, Fault, conversion_of
 from loader.plan import AdapterPlan
 
-
 # Smaller blocks cost more in waking threads than they gain in keeping all of them busy.
 _LEAST_BLOCK_BYTES = 1 << 20
 _BLOCKS_PER_THREAD = 4
