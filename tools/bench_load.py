@@ -9,7 +9,11 @@ rate stands beside what the same machine gives with nothing else to do:
 | … queued            | the same for several that wait for each other            | pinned copy   |
 | cached file to slot | as the first, of an adapter that only the page cache has | parallel read |
 | … queued            | the same for several                                     | parallel read |
+| … queued            | the same                                                 | read and copy |
 | loader killed       | from SIGKILL in mid-load to the next load's last byte    | 5 s           |
+
+*Read and copy* is as many threads that read, and nothing else, while the device fetches what they
+have read: the host's memory serves both.
 
 Without a GPU the ring is host memory and the adapter is small: that shows that it works, and no
 more.
@@ -24,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +46,10 @@ from ipc.messages import AdapterSource
 from loader.config import LoaderConfig, default_read_threads
 from tools.child import Child
 from tools.load_adapter import WrittenAdapter, misplaced_entries, write_random_adapter
-from tools.load_baselines import GB, MiB, check_rate, copy_rate, read_rate
+from tools.load_baselines import GB, MiB, check_rate, copy_rate, read_and_copy_rate, read_rate
 from tools.load_path import free_bytes
 from tools.load_rig import LoadRig
+from tools.values import parse_count, parse_size
 
 Figures = dict[str, Any]
 
@@ -64,6 +69,8 @@ class Sizes:
     host_tier_bytes: int
     num_warm: int
     repeats: int
+    read_threads: int = default_read_threads()
+    read_block_bytes: int = LoaderConfig().read_block_bytes
 
 
 ON_GPU = Sizes(32, 256, 32 * MiB, 4, 4096 * MiB, 3, 12)
@@ -162,7 +169,9 @@ async def measure(device: Device, sizes: Sizes, run_folder: RunFolder, work: Pat
     figures: Figures = {
         "device": device_name(device),
         "cores": os.cpu_count(),
-        "read_threads": default_read_threads(),
+        "read_threads": sizes.read_threads,
+        "read_block_bytes": sizes.read_block_bytes,
+        "chunk_bytes": sizes.chunk_bytes,
         "image_bytes": num_bytes,
         "write_s": time.perf_counter() - begin_s,
     }
@@ -175,13 +184,21 @@ async def measure(device: Device, sizes: Sizes, run_folder: RunFolder, work: Pat
     figures["copy_gb_s"] = copy_rate(device, buffer, sizes.chunk_bytes)
     figures["read_gb_s"] = {
         str(count): read_rate(adapter.file, view, count)
-        for count in sorted({1, 4, 8, 16, default_read_threads()})
+        for count in sorted({1, 4, 8, 16, sizes.read_threads})
     }
+    figures["read_and_copy_gb_s"] = read_and_copy_rate(
+        device, adapter.file, buffer, sizes.read_threads
+    )
     figures["check_gb_s"] = {
         f"{tile >> 10} KiB": check_rate(view, tile) for tile in (256 << 10, MiB, 4 * MiB)
     }
     del view, buffer
-    config = LoaderConfig(host_tier_bytes=sizes.host_tier_bytes, adapter_roots=(str(work),))
+    config = LoaderConfig(
+        host_tier_bytes=sizes.host_tier_bytes,
+        adapter_roots=(str(work),),
+        num_read_threads=sizes.read_threads,
+        read_block_bytes=sizes.read_block_bytes,
+    )
     async with rig.running():
         free_before = free_bytes(device)
         child = rig.start_loader(config)
@@ -229,6 +246,9 @@ def rates(figures: Figures, sizes: Sizes) -> Figures:
     for name, (of_one_s, bound) in seconds.items():
         result[f"{name}_gb_s"] = num_bytes / of_one_s / GB
         result[f"{name}_ratio"] = num_bytes / of_one_s / GB / bound
+    result["cached_file_queued_over_read_and_copy"] = (
+        result["cached_file_queued_gb_s"] / figures["read_and_copy_gb_s"]
+    )
     result["best_read_gb_s"] = max(figures["read_gb_s"].values())
     return result
 
@@ -244,6 +264,8 @@ def table(figures: Figures) -> str:
         f"copy to the device           {figures['copy_gb_s']:6.1f} GB/s",
         "parallel read of the cache   "
         + ", ".join(f"{rate:.1f} GB/s with {count}" for count, rate in read.items()),
+        f"read and copy at once        {figures['read_and_copy_gb_s']:6.1f} GB/s with"
+        f" {figures['read_threads']}",
         "check for finite values      "
         + ", ".join(f"{rate:.0f} GB/s by {tile}" for tile, rate in figures["check_gb_s"].items())
         + " on one core",
@@ -259,6 +281,8 @@ def table(figures: Figures) -> str:
             f"  ratio {figures[f'{name}_ratio']:.3f}  (goal {goal:.2f})"
         )
     rows += [
+        f"{'… over read and copy':28s} {'':12s} ratio"
+        f" {figures['cached_file_queued_over_read_and_copy']:.3f}",
         f"loader killed to next load   {kill:6.2f} s     (goal 5; connected after {first:.2f} s)",
         f"GPU memory                   ring {figures['ring_device_bytes'] / MiB:.0f} MiB"
         f" (goal 256), loader's context {figures['loader_device_bytes'] / MiB:.0f} MiB",
@@ -276,6 +300,12 @@ def device_name(device: Device) -> str:
 async def run(options: argparse.Namespace) -> Figures:
     device = open_device(DeviceKind(options.device))
     sizes = ON_GPU if device.torch_device.type == "cuda" else ON_CPU
+    chosen = {
+        "read_threads": options.threads,
+        "read_block_bytes": options.block,
+        "chunk_bytes": options.chunk,
+    }
+    sizes = replace(sizes, **{name: value for name, value in chosen.items() if value is not None})
     with tempfile.TemporaryDirectory(prefix="sidestream-bench-", dir=options.work) as work:
         run_folder = RunFolder.create([Path(tempfile.gettempdir())])
         try:
@@ -287,6 +317,9 @@ async def run(options: argparse.Namespace) -> Figures:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (%(default)s)")
+    parser.add_argument("--threads", type=parse_count, help="that read (the loader's default)")
+    parser.add_argument("--block", type=parse_size, help="of a read (the loader's default)")
+    parser.add_argument("--chunk", type=parse_size, help="of the ring, four in all (32MiB)")
     parser.add_argument("--work", type=Path, help="folder for the adapter's 1.34 GB (temporary)")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     options = parser.parse_args()
