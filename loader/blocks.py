@@ -20,8 +20,8 @@ from loader.native.runs import FILE_FORMATS, IMAGE_FORMATS, RUN, Fault, conversi
 from loader.plan import AdapterPlan
 
 # Smaller blocks cost more in waking threads than they gain in keeping all of them busy.
-_LEAST_BLOCK_BYTES = 1 << 20
-_BLOCKS_PER_THREAD = 4
+_LEAST_BLOCK_BYTES = 2 << 20
+_BLOCKS_PER_THREAD = 2
 
 
 class Block(NamedTuple):

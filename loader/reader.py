@@ -52,8 +52,8 @@ class Reader:
     Threads run at low priority, so that they take only what time the engine's threads leave.
 
     ``before_block`` is called on the reading thread before each block; ``progressed`` whenever
-    more of an image is in place; ``ended`` once for each read, when no thread touches its image
-    or its files any more.
+    more of an image is in place without gaps; ``ended`` once for each read, when no thread touches
+    its image or its files any more.
     """
 
     def __init__(
@@ -119,25 +119,31 @@ class Reader:
         # Linux keeps a niceness for each thread.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         block_reader = BlockReader()
-        while True:
-            with self._changed:
-                while (work := self._next_block()) is None:
-                    if self._stopping:
-                        return
-                    self._changed.wait()
+        work = self._wait_for_block()
+        while work is not None:
             read, index = work
             error = self._read_block(block_reader, read, index)
+            # Once a block: with many threads, each time counts that one waits for the interpreter.
             with self._changed:
                 read.num_in_flight -= 1
                 if error is not None:
                     self._fail(read, error)
-                else:
-                    self._advance(read, index)
+                has_advanced = error is None and self._advance(read, index)
                 over = self._take_if_over(read)
+                work = self._next_block()
             if over:
                 self._finish(read)
-            else:
+            elif has_advanced:
                 self._progressed()
+            if work is None:
+                work = self._wait_for_block()
+
+    def _wait_for_block(self) -> tuple[ImageRead, int] | None:
+        """The next block to be read; None once there will be no more."""
+        with self._changed:
+            while (work := self._next_block()) is None and not self._stopping:
+                self._changed.wait()
+        return work
 
     def _next_block(self) -> tuple[ImageRead, int] | None:
         if self._stopping:
@@ -168,11 +174,14 @@ class Reader:
             return Internal(f"reading {files.folder} failed: {error}")
         return None
 
-    def _advance(self, read: ImageRead, index: int) -> None:
+    def _advance(self, read: ImageRead, index: int) -> bool:
+        """Takes in a finished block; whether more of the image is in place without gaps."""
         read.finished[index] = True
+        num_before = read.num_finished
         while read.num_finished < len(read.blocks) and read.finished[read.num_finished]:
             read.image.num_ready = read.blocks[read.num_finished].stop
             read.num_finished += 1
+        return read.num_finished > num_before
 
     def _fail(self, read: ImageRead, error: SidestreamError) -> None:
         if read.error is None:

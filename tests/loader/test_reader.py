@@ -102,7 +102,7 @@ def test_ranks_dtypes_and_layers_may_be_mixed_in_one_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("image_mib", "expected_mib"), [(0.5, 1), (16, 1), (128, 2), (512, 8), (1280, 8)]
+    ("image_mib", "expected_mib"), [(0.5, 2), (32, 2), (128, 4), (512, 8), (1280, 8)]
 )
 def test_small_images_have_small_blocks_so_that_every_thread_gets_some(
     image_mib: float, expected_mib: int
