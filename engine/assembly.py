@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq.asyncio
@@ -12,11 +13,12 @@ from engine.adapters import AdapterDirectory
 from engine.block_manager import BlockManager
 from engine.cohorts import Cohorts
 from engine.compute import build_compute
-from engine.config import EngineConfig
+from engine.config import EngineConfig, LoadFormat
 from engine.core import EngineCore, Runner, Slots
 from engine.crossings import Crossings
 from engine.device import CudaDevice, open_device
 from engine.loader_link import LoaderLink
+from engine.lora.dummy_slots import DummySlots, fill_with_dummies, without_loads
 from engine.lora.placer import Placer
 from engine.lora.slots import PoolSlots
 from engine.registry import CatalogFile, Registry
@@ -30,7 +32,7 @@ from engine.step_costs import StepCosts
 from engine.step_trace import LoadNames, TracedRunner, TracedSlots
 from engine.validation import RequestLimits
 from ipc.endpoints import RunFolder
-from ipc.messages import EngineHello, Epoch, RingGrant
+from ipc.messages import EngineHello, EngineToLoader, Epoch, RingGrant
 from ipc.trace import NO_TRACE, Recorder
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,11 @@ class Engine:
         )
         runner: Runner = compute.runner
         pool_slots: Slots = PoolSlots(device, self.placer, compute.tables)
+        send_to_loader: Callable[[EngineToLoader], None] = crossings.send_to_loader
+        if config.adapter_load_format is LoadFormat.DUMMY:
+            fill_with_dummies(device, pool, base.dtype, config.seed)
+            pool_slots = DummySlots(pool_slots, crossings.submit)
+            send_to_loader = without_loads(send_to_loader)
         if recorder is not None:
             mark = device.record_timed_event if isinstance(device, CudaDevice) else None
             runner = TracedRunner(runner, names, recorder, mark)
@@ -111,7 +118,7 @@ class Engine:
             config.max_waiting,
             config.seed,
             crossings.deliver,
-            crossings.send_to_loader,
+            send_to_loader,
             crossings.adapter_failed,
         )
         self._context = zmq.asyncio.Context()

@@ -52,6 +52,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     ``kv_cache_bytes`` None: on a GPU what ``gpu_memory_utilization``, a share of its whole memory,
     leaves beside everything else; on a CPU a fixed size. ``seed`` is also that of dummy weights.
+    ``adapter_load_format`` ``dummy`` loads no adapter's weights (``DummySlots``): only with a model
+    that has none of its own either.
     """
 
     model: str
@@ -59,6 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     device: DeviceKind = DeviceKind.AUTO
     dtype: ModelDType = ModelDType.AUTO
     load_format: LoadFormat = LoadFormat.AUTO
+    adapter_load_format: LoadFormat = LoadFormat.AUTO
     seed: int = 0
 
     adapters: tuple[StartAdapter, ...] = ()
@@ -85,3 +88,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     staging_chunk_bytes: int = 32 * MiB
 
     trace: str | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            self.adapter_load_format is LoadFormat.DUMMY
+            and self.load_format is not LoadFormat.DUMMY
+        ):
+            raise ValueError(
+                "--adapter-load-format dummy: expected it only with --load-format dummy,"
+                f" got --load-format {self.load_format.value}"
+            )

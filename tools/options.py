@@ -254,6 +254,15 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "Memory of the host in which the loader keeps adapters ready.",
         ),
         Option(
+            "--adapter-load-format",
+            EngineConfig,
+            "adapter_load_format",
+            parse_choice(LoadFormat),
+            choices(LoadFormat),
+            "Adapters' weights: auto reads their files, dummy takes random ones that are there"
+            " already, to measure what loads cost. Only with --load-format dummy.",
+        ),
+        Option(
             "--max-lora-rank",
             EngineConfig,
             "max_lora_rank",

@@ -79,6 +79,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--enforce-eager", "", False),
     ("--max-adapter-memory", "3MiB", 3 << 20),
     ("--host-tier-memory", "5MiB", 5 << 20),
+    ("--adapter-load-format", "dummy", LoadFormat.DUMMY),
     ("--max-lora-rank", "64", 64),
     ("--adapter-loading", "blocking", AdapterLoading.BLOCKING),
     ("--max-adapter-wait", "0.5", 0.5),
@@ -94,10 +95,13 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--trace", "/tmp/trace.json", "/tmp/trace.json"),
 ]
 
+# What some of them are refused without.
+NEEDED = {"--adapter-load-format": ("--load-format", "dummy")}
+
 
 @pytest.mark.parametrize(("flag", "text", "value"), GIVEN)
 def test_an_option_sets_its_field(model: Path, flag: str, text: str, value: Any) -> None:
-    made = plan(model, flag, *([text] if text else []))
+    made = plan(model, flag, *([text] if text else []), *NEEDED.get(flag, ()))
     (option,) = (option for group in OPTIONS.values() for option in group if option.flag == flag)
     configs = (made.engine, made.loader, made.api, made.supervisor)
     (config,) = (config for config in configs if isinstance(config, option.config))
@@ -161,6 +165,11 @@ def test_an_adapter_folder_is_told_to_engine_and_loader_and_its_adapters_can_be_
         (
             ["M", "--adapter-root", "/no"],
             "--adapter-root: expected a folder, but there is none at /no",
+        ),
+        (
+            ["M", "--adapter-load-format", "dummy"],
+            "--adapter-load-format dummy: expected it only with --load-format dummy,"
+            " got --load-format auto",
         ),
     ],
 )

@@ -109,6 +109,8 @@ class LoadRun:
                 msgspec.structs.replace(operation, at_s=round(operation.at_s - begin_s, 6))
                 for operation in (self._churn.operations if self._churn else ())
             ],
+            # On Linux perf_counter and monotonic read the same clock.
+            began_s=round(begin_s, 6),
         )
 
     # --- Planned requests --------------------------------------------------------------------

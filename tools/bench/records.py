@@ -66,7 +66,8 @@ class ChurnOperation(msgspec.Struct, frozen=True, array_like=True):
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One workload on one server.
 
-    ``duration_s`` is from the beginning to the end of the last planned request.
+    ``duration_s`` is from the beginning to the end of the last planned request; ``began_s`` is
+    when that was by the measuring machine's monotonic clock, to find the run in a server's trace.
     ``loop_lag_us`` is by how much the generator itself was late, sampled all the time.
     ``counters`` are the differences of the server's counters that have changed.
     """
@@ -77,6 +78,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     counters: dict[str, float] = {}
     polls: list[Poll] = []
     churn: list[ChurnOperation] = []
+    began_s: float = 0.0
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):

@@ -63,8 +63,12 @@ def parse_target(text: str) -> Target:
 
 
 @contextlib.contextmanager
-def reachable(target: Target, start_timeout_s: float) -> Iterator[str]:
+def reachable(
+    target: Target, start_timeout_s: float, log_path: Path | None = None
+) -> Iterator[str]:
     """The target's URL. A server that is started here is ready, and stopped in order afterwards.
+
+    Its log is left at ``log_path``, or nowhere.
 
     Raises:
         Unavailable: it did not start, or did not stop in order; with the end of its log.
@@ -72,10 +76,7 @@ def reachable(target: Target, start_timeout_s: float) -> Iterator[str]:
     if target.url is not None:
         yield target.url
         return
-    with (
-        reserve_port(_HOST, 0) as port,
-        tempfile.NamedTemporaryFile(prefix="sidestream-bench-", suffix=".log") as log,
-    ):
+    with reserve_port(_HOST, 0) as port, _log_file(log_path) as log:
         url = f"http://{_HOST}:{port}"
         process = _spawn([*target.serve_options, "--host", _HOST, "--port", str(port)], log)
         try:
@@ -85,6 +86,12 @@ def reachable(target: Target, start_timeout_s: float) -> Iterator[str]:
             _stop(process)
         if process.returncode != 0:
             raise Unavailable(f"the server {_ending(process, log)} when it was stopped")
+
+
+def _log_file(path: Path | None) -> IO[bytes]:
+    if path is None:
+        return tempfile.NamedTemporaryFile(prefix="sidestream-bench-", suffix=".log")
+    return path.open("wb")
 
 
 def _spawn(options: list[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
@@ -132,5 +139,10 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 def _ending(process: "subprocess.Popen[bytes]", log: IO[bytes]) -> str:
     """How it ended, and what it said last."""
-    lines = Path(log.name).read_text(errors="replace").splitlines()[-_LOG_LINES:]
-    return describe_status(process.returncode) + "".join(f"\n  {line}" for line in lines) + "\n"
+    return describe_status(process.returncode) + log_tail(Path(log.name))
+
+
+def log_tail(path: Path) -> str:
+    """The last lines of a server's log, each indented on a line of its own."""
+    lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    return "".join(f"\n  {line}" for line in lines) + "\n"

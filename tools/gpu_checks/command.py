@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.config import DeviceKind
+from ipc.errors import InvalidRequest
 from tools.gpu_checks.figures import Report
 from tools.gpu_checks.setting import Setting
+from tools.values import parse_seconds
 
 
 def _accuracy(setting: Setting) -> Report:
@@ -42,6 +44,12 @@ def _load(setting: Setting) -> Report:
     return check_load(setting)
 
 
+def _loading(setting: Setting) -> Report:
+    from tools.gpu_checks.loading.check import check_loading
+
+    return check_loading(setting)
+
+
 def _memcheck(setting: Setting) -> Report:
     from tools.gpu_checks.programs import check_memory
 
@@ -61,6 +69,7 @@ PARTS: dict[str, Callable[[Setting], Report]] = {
     "decode": _decode,
     "prefill": _prefill,
     "load": _load,
+    "loading": _loading,
     "serve": _serve,
     "memcheck": _memcheck,
 }
@@ -87,19 +96,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--max-seconds",
         type=float,
         default=460.0,
-        help="end the programs that a part starts after this time (%(default)g)",
+        help="end the programs that a part starts after this time, and start none that would take"
+        " longer (%(default)g)",
     )
     parser.add_argument(
         "--select", metavar="EXPRESSION", help="memcheck: only these tests, as pytest's -k"
+    )
+    parser.add_argument(
+        "--rows",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="ROW[,…]",
+        help="loading: only these (all)",
+    )
+    parser.add_argument(
+        "--duration",
+        type=parse_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="loading: how long requests arrive in each measured run (%(default)g)",
     )
     options = parser.parse_args(arguments)
     begin_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
         out = options.out.absolute()
         setting = Setting(
-            options.device, options.tiny, Path(work), out, options.max_seconds, options.select
+            options.device,
+            options.tiny,
+            Path(work),
+            out,
+            options.max_seconds,
+            options.select,
+            options.rows,
+            options.duration,
         )
-        report = PARTS[options.part](setting)
+        try:
+            report = PARTS[options.part](setting)
+        except InvalidRequest as error:
+            parser.error(error.message)
     report.details["seconds"] = time.monotonic() - begin_s
     path = report.write(out)
     print(report.table())

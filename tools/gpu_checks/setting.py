@@ -15,7 +15,8 @@ class Setting:
 
     ``is_tiny`` shrinks everything to what a CPU does in seconds: it checks that a part runs, and
     its figures mean nothing. ``max_seconds`` bounds the programs that a part starts; ``select``
-    picks tests, as pytest's -k does.
+    picks tests, as pytest's -k does; ``rows`` picks rows of a part that has such, none stands for
+    all; each of their servers is measured for about ``duration_s``.
     """
 
     device: DeviceKind
@@ -24,6 +25,8 @@ class Setting:
     out: Path
     max_seconds: float
     select: str | None = None
+    rows: tuple[str, ...] = ()
+    duration_s: float = 30.0
 
     def shape(self, name: str) -> Path:
         """The model folder of that shape, or of the toy."""
