@@ -31,6 +31,7 @@ from tools.client_commands import (
 )
 from tools.http_client import HttpClient
 from tools.serve import ReadyServer, ServePlan, add_serve_arguments, plan_server, serve
+from tools.timeline.command import add_timeline_arguments, run_timeline
 from tools.values import parse_count, parse_name_and_path, parse_number, parse_seconds, parse_seed
 
 # Longer than the server itself waits for any token, so that its own word is what is heard.
@@ -149,6 +150,14 @@ def make_parser() -> Parser:
     )
     add_bench_arguments(benching)
     benching.set_defaults(run=_bench)
+
+    timeline = commands.add_parser(
+        "timeline",
+        help="Draw what a server's trace has recorded.",
+        description="Draws steps and loads of serve's --trace beside each other, and sums them up.",
+    )
+    add_timeline_arguments(timeline)
+    timeline.set_defaults(run=_timeline)
     return parser
 
 
@@ -244,6 +253,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     except InvalidRequest as error:
         return _fail(error.message, status=2)
     return run_bench(plan)
+
+
+def _timeline(arguments: argparse.Namespace) -> int:
+    return run_timeline(arguments.file, arguments.out, arguments.from_s, arguments.to_s)
 
 
 if __name__ == "__main__":
