@@ -74,6 +74,14 @@ class Scrape(Collector):
             "How long they did, in sum.",
             stats.step_wait_seconds_total,
         )
+        yield counter(
+            "sidestream:layer_jobs",
+            "Prefills that began while their adapter was being loaded.",
+            stats.layer_jobs_total,
+        )
+        yield counter(
+            "sidestream:layer_groups", "Groups of layers they ran.", stats.layer_groups_total
+        )
         yield counter("sidestream:adapter_loads", "Loads done.", stats.adapter_loads_total)
         yield counter(
             "sidestream:adapter_load_failures", "Loads failed.", stats.adapter_load_failures_total

@@ -35,7 +35,11 @@ class AbandonLoad:
 
 @dataclass(frozen=True, slots=True)
 class InstallAdapter:
-    """Enter the adapter into the pool's table: its whole image lies in ``extents``."""
+    """Enter the adapter into the pool's table: ``extents`` hold its image.
+
+    Once for each load: as soon as whole layers lie there, of which alone steps may make use, or
+    when all of it does.
+    """
 
     adapter_id: AdapterId
     manifest: Manifest

@@ -28,7 +28,9 @@ class PooledAdapter:
     """One registered adapter as residency sees it.
 
     ``num_requests`` counts its unfinished sequences, ``num_uses`` the running ones of them.
-    ``extents`` are the offsets of its slot, one for each stage of ``layout``.
+    ``extents`` are the offsets of its slot, one for each stage of ``layout``; the first
+    ``num_placed_layers`` decoder layers lie there whole, and more than none of them means that the
+    pool's table has the adapter.
     """
 
     adapter_id: AdapterId
@@ -38,6 +40,7 @@ class PooledAdapter:
     removed: bool = False
     state: AdapterState = AdapterState.ABSENT
     extents: tuple[int, ...] = ()
+    num_placed_layers: int = 0
     load_id: LoadId | None = None
     load_began_s: float = 0.0
     num_lost_loaders: int = 0
@@ -138,6 +141,7 @@ class AdapterSlots:
         self._pool.free(adapter.extents, adapter.layout.stage_bytes)
         del self._owners[adapter.adapter_id]
         adapter.extents = ()
+        adapter.num_placed_layers = 0
         adapter.state = AdapterState.ABSENT
         self.update(adapter)
 

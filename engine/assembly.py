@@ -13,10 +13,11 @@ from engine.adapters import AdapterDirectory
 from engine.block_manager import BlockManager
 from engine.cohorts import Cohorts
 from engine.compute import build_compute
-from engine.config import EngineConfig, LoadFormat
+from engine.config import AdapterLoading, EngineConfig, LoadFormat
 from engine.core import EngineCore, Runner, Slots
 from engine.crossings import Crossings
 from engine.device import CudaDevice, open_device
+from engine.layer_runner import nothing_around
 from engine.loader_link import LoaderLink
 from engine.lora.dummy_slots import DummySlots, fill_with_dummies, without_loads
 from engine.lora.placer import Placer
@@ -29,7 +30,7 @@ from engine.server import EngineServer
 from engine.slot_allocator import SlotAllocator
 from engine.stats import Capacities
 from engine.step_costs import StepCosts
-from engine.step_trace import LoadNames, TracedRunner, TracedSlots
+from engine.step_trace import LoadNames, TracedGroups, TracedRunner, TracedSlots
 from engine.validation import RequestLimits
 from ipc.endpoints import RunFolder
 from ipc.messages import EngineHello, EngineToLoader, Epoch, RingGrant
@@ -57,7 +58,10 @@ class Engine:
         recorder: Recorder | None = None,
     ) -> None:
         device = open_device(config.device)
-        compute = build_compute(config, device)
+        names = LoadNames()
+        mark = device.record_timed_event if isinstance(device, CudaDevice) else None
+        groups = None if recorder is None else TracedGroups(names, recorder, mark)
+        compute = build_compute(config, device, groups.around if groups else nothing_around)
         model, base, pool = compute.model, compute.base, compute.pool
         num_blocks = compute.num_blocks
 
@@ -93,9 +97,14 @@ class Engine:
         self._ring, chunks = open_ring(
             device, config.num_staging_chunks, config.staging_chunk_bytes
         )
-        names = LoadNames()
         self.placer = Placer(
-            device, pool, chunks, crossings.submit, recorder or NO_TRACE, names.name
+            device,
+            pool,
+            chunks,
+            crossings.submit,
+            recorder or NO_TRACE,
+            names.name,
+            reports_stages=config.adapter_loading is AdapterLoading.LAYERWISE,
         )
         runner: Runner = compute.runner
         pool_slots: Slots = PoolSlots(device, self.placer, compute.tables)
@@ -104,9 +113,8 @@ class Engine:
             fill_with_dummies(device, pool, base.dtype, config.seed)
             pool_slots = DummySlots(pool_slots, crossings.submit)
             send_to_loader = without_loads(send_to_loader)
-        if recorder is not None:
-            mark = device.record_timed_event if isinstance(device, CudaDevice) else None
-            runner = TracedRunner(runner, names, recorder, mark)
+        if recorder is not None and groups is not None:
+            runner = TracedRunner(runner, names, recorder, mark, groups.device_times)
             pool_slots = TracedSlots(pool_slots, names)
         self.core = EngineCore(
             scheduler,

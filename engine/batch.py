@@ -61,7 +61,7 @@ class DeviceBatch:
 
 
 def flatten(plan: StepPlan, block_size: int) -> FlatBatch:
-    """The inputs of ``plan``, which has at least one chunk."""
+    """The inputs of the one launch of ``plan``'s chunks, of which there is at least one."""
     order = order_by_adapter([chunk.sequence.adapter_id for chunk in plan.chunks])
     chunks = [plan.chunks[index] for index in order]
     num_chunks = len(chunks)

@@ -6,6 +6,7 @@ Commands are carried out in order of arrival, between two steps.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.layer_jobs import LayerJobStats
 from engine.residency import ResidencyStats
 from engine.scheduler import SchedulerStats
 from engine.step_wait import StepWaitStats
@@ -88,6 +89,14 @@ class LoaderLost:
 
 
 @dataclass(frozen=True, slots=True)
+class StagesPlaced:
+    """The first ``num_stages`` stages of the load lie in its slot; more are to come."""
+
+    load_id: LoadId
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadPlaced:
     """Every byte of the load lies in its slot."""
 
@@ -120,6 +129,7 @@ class Snapshot:
     kv_blocks_used: int
     scheduler: SchedulerStats
     step_waits: StepWaitStats
+    layer_jobs: LayerJobStats
     adapters_resident: int
     pool_bytes_used: int
     adapters: ResidencyStats
@@ -142,6 +152,7 @@ Command = (
     | PrefetchAdapters
     | LoaderConnected
     | LoaderLost
+    | StagesPlaced
     | LoadPlaced
     | LoadBroken
     | LoadAbandoned

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import torch
 
-from engine.attention import PagedAttention
+from engine.attention import AttentionBackend, PagedAttention
 from engine.config import EngineConfig, LoadFormat
 from engine.device import CudaDevice, Device, choose_dtype
 from engine.kv_cache import KvCache
-from engine.lora.linear import ReferenceLora
+from engine.layer_runner import AroundGroup, nothing_around
+from engine.lora.linear import LoraBackend, ReferenceLora
 from engine.lora.pool import AdapterPool
 from engine.lora.slots import ResidentTable
 from engine.memory_plan import num_kv_blocks
-from engine.model_runner import ModelRunner
+from engine.model_runner import ModelRunner, StepGraphs
 from engine.models.config import ModelConfig, read_model_config
 from engine.models.decoder import Decoder
 from engine.models.dummy import make_dummy_model
@@ -36,7 +37,9 @@ class Compute:
     runner: ModelRunner
 
 
-def build_compute(config: EngineConfig, device: Device) -> Compute:
+def build_compute(
+    config: EngineConfig, device: Device, around_group: AroundGroup = nothing_around
+) -> Compute:
     """All of it on ``device``; the KV cache comes last, since it may take what is left.
 
     Raises:
@@ -56,24 +59,18 @@ def build_compute(config: EngineConfig, device: Device) -> Compute:
     drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device.torch_device)
     sampler = Sampler(device, model.eos_token_ids)
     tables: tuple[ResidentTable, ...]
+    attention: AttentionBackend
+    lora: LoraBackend
+    graphs: StepGraphs | None = None
     if isinstance(device, CudaDevice):
         # Only a GPU needs Triton.
         from engine.cuda_compute import CudaParts
 
         parts = CudaParts(config, base, pool, cache, decoder, drawn, device)
         attention, lora, graphs, tables = parts.attention, parts.lora, parts.graphs, (parts.table,)
-        runner = ModelRunner(
-            decoder, config.block_size, attention, lora, sampler, device, drawn, graphs
-        )
     else:
-        tables = (pool,)
-        runner = ModelRunner(
-            decoder,
-            config.block_size,
-            PagedAttention(cache, device),
-            ReferenceLora(pool),
-            sampler,
-            device,
-            drawn,
-        )
+        attention, lora, tables = PagedAttention(cache, device), ReferenceLora(pool), (pool,)
+    runner = ModelRunner(
+        decoder, config.block_size, attention, lora, sampler, device, drawn, graphs, around_group
+    )
     return Compute(model, dtype, base, decoder, num_blocks, pool, tables, runner)

@@ -33,10 +33,12 @@ class LoadFormat(Enum):
 
 class AdapterLoading(Enum):
     """``overlap``: steps go on without the sequences whose adapter is being loaded;
-    ``blocking``: the step waits for its adapters."""
+    ``blocking``: the step waits for its adapters; ``layerwise``: as ``overlap``, and a prefill
+    goes through the layers whose part of its adapter has arrived."""
 
     OVERLAP = "overlap"
     BLOCKING = "blocking"
+    LAYERWISE = "layerwise"
 
 
 class StartAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -49,6 +49,7 @@ from engine.commands import (
     PrefetchAdapters,
     RemoveAdapter,
     Snapshot,
+    StagesPlaced,
     TakeSnapshot,
 )
 from engine.plan import LaunchedStep, SequenceProgress, StepPlan
@@ -103,7 +104,7 @@ class Slots(Protocol):
         """Place no byte more of this load; ``LoadAbandoned`` follows."""
 
     def install(self, adapter: actions.InstallAdapter) -> None:
-        """Steps may use the adapter from the next one on."""
+        """Steps may use the adapter from the next one on, as far as its layers are placed."""
 
     def remove(self, adapter_id: AdapterId) -> None:
         """No step to come uses the adapter."""
@@ -178,13 +179,13 @@ class EngineCore:
             self._complete_steps(num_left=0)
         plan = self._scheduler.schedule(now_s)
         self._carry_out_actions()
-        if plan.chunks:
+        if not plan.is_empty:
             launched_s = time.monotonic()
             self._in_flight.append((plan, self._runner.launch(plan), launched_s))
             self._scheduler.launched(plan)
         busy = bool(self._in_flight)
         # With nothing new to run, only what is in flight can lead to something.
-        self._complete_steps(num_left=1 if self._overlap_steps and plan.chunks else 0)
+        self._complete_steps(num_left=1 if self._overlap_steps and not plan.is_empty else 0)
         self._flush()
         return busy
 
@@ -194,8 +195,11 @@ class EngineCore:
             plan, step, launched_s = self._in_flight.popleft()
             sampled = step.wait()
             now_s = time.monotonic()
-            # The device began it when it was launched, or behind the step before.
-            self._scheduler.step_took(plan.num_tokens, now_s - max(launched_s, self._completed_s))
+            if plan.layer_group is None:
+                # The device began it when it was launched, or behind the step before. A group of
+                # layers is no measure: it does not read all weights.
+                seconds = now_s - max(launched_s, self._completed_s)
+                self._scheduler.step_took(plan.num_tokens, seconds)
             self._completed_s = now_s
             for progress in self._scheduler.complete(plan, sampled):
                 self._report(progress)
@@ -245,6 +249,8 @@ class EngineCore:
                 self._residency.loader_connected()
             case LoaderLost():
                 self._residency.loader_lost()
+            case StagesPlaced(load_id, num_stages):
+                self._residency.stages_placed(load_id, num_stages)
             case LoadPlaced(load_id):
                 self._residency.load_placed(load_id, time.monotonic())
             case LoadBroken(load_id, error):
@@ -309,6 +315,7 @@ class EngineCore:
             kv_blocks_used=self._blocks.num_used,
             scheduler=replace(self._scheduler.stats),
             step_waits=replace(self._scheduler.step_waits),
+            layer_jobs=replace(self._scheduler.layer_jobs),
             adapters_resident=self._residency.num_resident,
             pool_bytes_used=self._residency.pool_bytes_used,
             adapters=replace(self._residency.stats),

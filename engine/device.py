@@ -1,7 +1,8 @@
 """The one place that knows whether the engine runs on a CPU or on a GPU.
 
 Two streams exist: the *forward* stream runs the model, the *load* stream copies adapters into the
-pool. An event marks a point in one of them; the other can wait for it without the host waiting. On
+pool. An event marks a point in one of them; the load stream can wait for it without the host
+waiting. The forward stream waits for no copy: what it is given was seen to be in place before. On
 a CPU both streams are the thread that calls, work is done when a call returns, and events are
 complete from the start.
 """
@@ -124,9 +125,6 @@ class Device(Protocol):
     def load_stream_wait(self, event: Event) -> None:
         """What the load stream is given from now on begins after ``event``."""
 
-    def forward_wait(self, event: Event) -> None:
-        """What the forward stream is given from now on begins after ``event``."""
-
     def synchronize(self) -> None:
         """Returns once both streams, and whatever else was enqueued, are done."""
 
@@ -189,9 +187,6 @@ class CpuDevice:
         return _DoneEvent()
 
     def load_stream_wait(self, event: Event) -> None:
-        event.synchronize()
-
-    def forward_wait(self, event: Event) -> None:
         event.synchronize()
 
     def synchronize(self) -> None:
@@ -286,10 +281,6 @@ class CudaDevice:
     def load_stream_wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event), event
         self._load.wait_event(event)
-
-    def forward_wait(self, event: Event) -> None:
-        assert isinstance(event, torch.cuda.Event), event
-        self._forward.wait_event(event)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)

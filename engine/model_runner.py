@@ -9,6 +9,7 @@ from engine.attention import AttentionBackend
 from engine.batch import DeviceBatch, FlatBatch, flatten, to_device
 from engine.device import Device
 from engine.drawn_tokens import DrawnStep
+from engine.layer_runner import AroundGroup, LayerRunner, nothing_around
 from engine.lora.linear import LoraBackend
 from engine.models.decoder import Decoder
 from engine.plan import LaunchedStep, StepPlan
@@ -33,6 +34,7 @@ class ModelRunner:
     Precondition of every plan: its adapters are resident, its block tables cover its chunks, and
     what stands before a chunk was computed in a step launched earlier (or belongs to another chunk
     of this one). The keys and values of its tokens are in the cache for all that is launched later.
+    Its layer group, whose adapter may still be arriving, is launched by itself behind the chunks.
 
     The tokens that a step draws stay on the device, in ``drawn`` ``[max_num_seqs]`` int64, and
     feed the next one. ``graphs``, which read them there, take the steps that fit them.
@@ -48,6 +50,7 @@ class ModelRunner:
         device: Device,
         drawn: Tensor,
         graphs: StepGraphs | None = None,
+        around_group: AroundGroup = nothing_around,
     ) -> None:
         self._decoder = decoder
         self._block_size = block_size
@@ -58,20 +61,18 @@ class ModelRunner:
         self._drawn = drawn
         self._num_drawn = 0
         self._graphs = graphs
+        self._layers = LayerRunner(decoder, block_size, attention, lora, device, around_group)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Gives the device a step with at least one chunk; waits for none launched before.
+        """Gives the device a step that is not empty; waits for none launched before.
 
         On a CPU the step is done when this returns.
         """
-        sequences = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        sequences = [chunk.sequence for chunk in plan.completed_chunks if chunk.samples]
         with torch.inference_mode(), self._device.forward_stream():
-            batch = flatten(plan, self._block_size)
-            # The graphs, too, take it on trust that what is pending was drawn.
-            assert batch.pending_samples.max(initial=-1) < self._num_drawn, "nothing was drawn"
-            logits = self._logits_of_samples(batch)
+            logits = self._logits_of_samples(plan)
             self._num_drawn = len(sequences)
-            if not sequences:
+            if logits is None:
                 return DrawnStep(None, self._device)
             drawn = self._sampler.sample_on_device(logits, sequences)
             self._drawn[: len(sequences)] = drawn.token_ids
@@ -89,14 +90,24 @@ class ModelRunner:
         self._device.synchronize()
         return logits
 
-    def _logits_of_samples(self, batch: FlatBatch) -> Tensor:
-        """Logits ``[num_samples, vocab]``, of no use if nothing samples."""
+    def _logits_of_samples(self, plan: StepPlan) -> Tensor | None:
+        """Logits ``[num_samples, vocab]`` in the plan's order; None if nothing samples."""
+        of_chunks = self._logits_of_chunks(plan) if plan.chunks else None
+        of_group = None if plan.layer_group is None else self._layers.run(plan.layer_group)
+        if of_chunks is None or of_group is None:
+            return of_group if of_chunks is None else of_chunks
+        return torch.cat((of_chunks, of_group))
+
+    def _logits_of_chunks(self, plan: StepPlan) -> Tensor | None:
+        batch = flatten(plan, self._block_size)
+        # The graphs, too, take it on trust that what is pending was drawn.
+        assert batch.pending_samples.max(initial=-1) < self._num_drawn, "nothing was drawn"
         if self._graphs is not None and self._graphs.fits(batch):
             return self._graphs.replay(batch)
         tensors = to_device(batch, self._device)
         hidden = self._forward(batch, tensors)
         if not batch.sample_rows.size:
-            return hidden
+            return None
         return self._decoder.logits(hidden[tensors.sample_rows])
 
     def _forward(self, batch: FlatBatch, tensors: DeviceBatch) -> Tensor:

@@ -26,14 +26,54 @@ class ScheduledChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One forward pass; every adapter in it is wholly resident. May be empty."""
+class LayerGroup:
+    """``layers`` of one chunk: a launch of its own, behind that of the step's other chunks.
 
-    chunks: tuple[ScheduledChunk, ...]
+    The chunk's groups come in steps one after another, from layer 0 on and without a gap, until
+    the last of ``num_layers``. Its adapter lies in the pool at least as far as ``layers`` reach.
+    """
+
+    chunk: ScheduledChunk
+    layers: range
+    num_layers: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.layers.stop == self.num_layers
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        """As many tokens through all layers cost about as much, rounded up."""
+        return -(-self.chunk.num_tokens * len(self.layers) // self.num_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass over ``chunks``, every adapter in it wholly resident, then ``layer_group``.
+
+    May be empty.
+    """
+
+    chunks: tuple[ScheduledChunk, ...]
+    layer_group: LayerGroup | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.chunks and self.layer_group is None
+
+    @property
+    def completed_chunks(self) -> tuple[ScheduledChunk, ...]:
+        """Those that are computed through the last layer with this step, in the order in which
+        the step draws their tokens."""
+        if self.layer_group is None or not self.layer_group.is_last:
+            return self.chunks
+        return (*self.chunks, self.layer_group.chunk)
+
+    @property
+    def num_tokens(self) -> int:
+        """What counts against a step's budget."""
+        group = 0 if self.layer_group is None else self.layer_group.num_tokens
+        return sum(chunk.num_tokens for chunk in self.chunks) + group
 
 
 @dataclass(frozen=True, slots=True)

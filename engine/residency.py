@@ -3,8 +3,9 @@
 | state      | slot                      | left by                                                |
 |------------|---------------------------|--------------------------------------------------------|
 | ABSENT     | none                      | ``AdapterDemand`` finds room: LOADING                  |
-| LOADING    | the placer writes into it | ``load_placed``: RESIDENT; ``load_failed``, too late,  |
-|            |                           | ``loader_lost``, removed and unwanted: CANCELLING      |
+| LOADING    | the placer writes into    | ``load_placed``: RESIDENT; ``load_failed``, too late,  |
+|            | it; layers that are       | ``loader_lost``, removed and unwanted: CANCELLING      |
+|            | complete may be read      |                                                        |
 | RESIDENT   | steps read it             | evicted; removed and unwanted: ABSENT                  |
 | CANCELLING | the placer may write yet  | ``load_abandoned``: ABSENT                             |
 
@@ -67,6 +68,8 @@ class AdapterResidency:
         self.stats = ResidencyStats()
         self._slots = slots
         self._forecast = LoadForecast()
+        self._num_layers = base.num_layers
+        self._first_layer_stage = base.layer_stage(0)
         self._adapters: dict[AdapterId, PooledAdapter] = {}
         self._loads: dict[LoadId, PooledAdapter] = {}
         # Pinned ones that are to be loaded without a request.
@@ -101,6 +104,18 @@ class AdapterResidency:
     def is_loading(self, adapter_id: AdapterId) -> bool:
         """Whether a load of it is under way that nobody has given up. Raises as above."""
         return self._adapters[adapter_id].state is AdapterState.LOADING
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the base model."""
+        return self._num_layers
+
+    def num_placed_layers(self, adapter_id: AdapterId) -> int:
+        """How many layers, from the first on, steps may compute with the adapter; all if RESIDENT.
+
+        Raises as above.
+        """
+        return self._adapters[adapter_id].num_placed_layers
 
     def is_pinned(self, adapter_id: AdapterId) -> bool:
         return self._adapters[adapter_id].pinned
@@ -239,6 +254,17 @@ class AdapterResidency:
 
     # --- What the placer and the loader report -------------------------------------------------
 
+    def stages_placed(self, load_id: LoadId, num_stages: int) -> None:
+        """The image's first stages are in the slot. Ignored for a load that was given up.
+
+        The last layer counts only with ``load_placed``: what may stand behind it is there then.
+        """
+        adapter = self._loads.get(load_id)
+        if adapter is not None and adapter.state is AdapterState.LOADING:
+            num_layers = min(num_stages - self._first_layer_stage, self._num_layers - 1)
+            if num_layers > 0:
+                self._layers_placed(adapter, num_layers)
+
     def load_placed(self, load_id: LoadId, now_s: float) -> None:
         """The image's last byte is in the slot. Ignored for a load that was given up."""
         adapter = self._loads.get(load_id)
@@ -254,9 +280,7 @@ class AdapterResidency:
         self.stats.loaded_bytes += adapter.layout.num_bytes
         self.stats.load_seconds += now_s - adapter.load_began_s
         self._forecast.placed(adapter.layout.num_bytes, adapter.load_began_s, now_s)
-        self._actions.append(
-            InstallAdapter(adapter.adapter_id, adapter.manifest, adapter.layout, adapter.extents)
-        )
+        self._layers_placed(adapter, self._num_layers)
         logger.info("adapter %d is resident", adapter.adapter_id)
 
     def load_failed(self, load_id: LoadId, error: SidestreamError) -> None:
@@ -362,9 +386,23 @@ class AdapterResidency:
 
     # --- Within --------------------------------------------------------------------------------
 
+    def _layers_placed(self, adapter: PooledAdapter, num_layers: int) -> None:
+        """With the first of them the adapter comes into the pool's table."""
+        assert num_layers >= adapter.num_placed_layers, "what was placed stays"
+        if not adapter.num_placed_layers:
+            self._actions.append(
+                InstallAdapter(
+                    adapter.adapter_id, adapter.manifest, adapter.layout, adapter.extents
+                )
+            )
+        adapter.num_placed_layers = num_layers
+
     def _abandon(self, adapter: PooledAdapter) -> None:
         assert adapter.load_id is not None, "only a load in flight is abandoned"
         adapter.state = AdapterState.CANCELLING
+        if adapter.num_placed_layers:
+            adapter.num_placed_layers = 0
+            self._actions.append(RemoveAdapter(adapter.adapter_id))
         self._actions.append(AbandonLoad(adapter.load_id))
 
     def _pin(self, adapter: PooledAdapter, pinned: bool) -> None:

@@ -21,6 +21,9 @@ With ``--adapter-loading blocking`` they do wait: see ``engine.step_wait``. A st
 planned anew until it may go. What it has admitted by then runs, without having been in a step;
 nothing is lost, as a sequence's progress counts from the launch alone.
 
+With ``--adapter-loading layerwise`` a sequence that waits for its adapter alone goes through those
+layers that have arrived, behind everything else in the step: see ``engine.layer_jobs``.
+
 Steps overlap: step n+1 is scheduled and launched while step n runs, so before it is known which
 tokens n draws. A sequence whose newest token is *pending* is scheduled like any other; only if it
 ends by its length, which is known in advance, it is left out. If n turns out to end it, what n+1
@@ -49,6 +52,7 @@ from engine.adapter_demand import AdapterDemand
 from engine.block_manager import BlockManager
 from engine.cohorts import Cohorts
 from engine.config import AdapterLoading
+from engine.layer_jobs import LayerJobs, LayerJobStats
 from engine.plan import SampledToken, ScheduledChunk, SequenceProgress, StepPlan
 from engine.residency import AdapterResidency
 from engine.sequence import Sequence, SequenceId, SequenceState
@@ -121,7 +125,8 @@ class Scheduler:
         """
         if cohorts is not None and limits.adapter_loading is AdapterLoading.BLOCKING:
             raise InvalidRequest(
-                "adapter_cohorts: expected only with --adapter-loading overlap, got blocking"
+                "adapter_cohorts: expected only with --adapter-loading overlap or layerwise,"
+                " got blocking"
             )
         self.stats = SchedulerStats()
         self._limits = limits
@@ -132,6 +137,7 @@ class Scheduler:
         self._held_until_s: float | None = None
         self._waiting = WaitingQueue()
         self._step_wait = StepWait(limits.adapter_loading)
+        self._layer_jobs = LayerJobs(residency, blocks, limits.max_num_batched_tokens)
         # In order of arrival.
         self._running: list[Sequence] = []
         # Where in what the last launched step draws each sequence's token is.
@@ -159,6 +165,10 @@ class Scheduler:
         return self._step_wait.stats
 
     @property
+    def layer_jobs(self) -> LayerJobStats:
+        return self._layer_jobs.stats
+
+    @property
     def awaits_tokens(self) -> bool:
         """Whether all steps in flight are to be completed before the next ``schedule``.
 
@@ -172,7 +182,7 @@ class Scheduler:
         return self._held_until_s
 
     def step_took(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens kept the device busy for so long."""
+        """A step of so many tokens, all through all layers, kept the device busy for so long."""
         if self._cohorts is not None:
             self._cohorts.costs.observe(num_tokens, seconds)
 
@@ -205,6 +215,7 @@ class Scheduler:
         """Ends all sequences that wait for the adapter; they are the caller's to answer."""
         failed = self._waiting.remove_all(adapter_id)
         for sequence in failed:
+            self._layer_jobs.drop(sequence)
             self._end(sequence)
         return failed
 
@@ -215,6 +226,7 @@ class Scheduler:
         the step is launched.
         """
         self._demand.meet(self._waiting.adapters(), now_s)
+        self._layer_jobs.begin_step()
         chunks: list[ScheduledChunk] = []
         num_preemptions = self.stats.num_preemptions
         self._schedule_decodes(chunks)
@@ -222,19 +234,23 @@ class Scheduler:
         for sequence in self._running:
             if not budget:
                 break
-            if sequence.num_uncomputed_tokens > 1:
+            if self._layer_jobs.has(sequence):
+                budget -= self._layer_jobs.plan(budget)
+            elif sequence.num_uncomputed_tokens > 1:
                 budget -= _add_chunk(chunks, sequence, budget)
         waits = False
         # What was just preempted would come straight back, and take the blocks it gave.
         if num_preemptions == self.stats.num_preemptions:
             waits = self._admit(chunks, budget, now_s)
         self._step_wait.update(waits, now_s)
-        return StepPlan(() if waits else tuple(chunks))
+        return StepPlan(() if waits else tuple(chunks), self._layer_jobs.planned)
 
     def launched(self, plan: StepPlan) -> None:
         """The step is in flight: the tokens that it draws are pending."""
         self._sample_indices = {}
-        for chunk in plan.chunks:
+        if plan.layer_group is not None:
+            self._layer_jobs.launched(plan.layer_group)
+        for chunk in plan.completed_chunks:
             sequence = chunk.sequence
             assert sequence.state is SequenceState.RUNNING, "a plan is launched as it was made"
             sequence.num_computed_tokens = chunk.start + chunk.num_tokens
@@ -251,7 +267,7 @@ class Scheduler:
         """
         tokens = iter(sampled)
         progress: list[SequenceProgress] = []
-        for chunk in plan.chunks:
+        for chunk in plan.completed_chunks:
             token = next(tokens) if chunk.samples else None
             sequence = chunk.sequence
             if sequence.state is SequenceState.FINISHED:
@@ -282,6 +298,7 @@ class Scheduler:
         for sequence in tuple(self._running):
             if sequence.num_uncomputed_tokens != 1 or sequence.state is not SequenceState.RUNNING:
                 continue
+            assert not self._layer_jobs.has(sequence), "a job of one token ends when it is admitted"
             # Without a pending token it would have ended.
             if sequence.num_pending_tokens and self._reaches_length(sequence):
                 continue
@@ -297,6 +314,8 @@ class Scheduler:
     def _extend(self, sequence: Sequence) -> bool:
         """Gets the block for one more token; False if the sequence itself had to make room."""
         while not self._blocks.extend(sequence):
+            if self._layer_jobs.make_room():
+                continue
             last = self._running[-1]
             self._preempt(last)
             if last is sequence:
@@ -324,31 +343,48 @@ class Scheduler:
         self.stats.num_held_steps += is_held
         overdue = self._find_overdue(now_s)
 
-        def is_admissible(sequence: Sequence) -> bool:
+        def may_begin(sequence: Sequence) -> bool:
             if sequence.adapter_id is None:
                 return True
-            if is_held:
-                return False
-            if not self._residency.is_resident(sequence.adapter_id) and not (
-                self._step_wait.may_wait_for(sequence) and self._is_in_load(sequence)
-            ):
+            # Who has begun a job can be in no cohort any more.
+            if is_held and not self._layer_jobs.has(sequence):
                 return False
             if overdue is None or sequence.sequence_id < overdue.sequence_id:
                 return True
             return self._residency.is_pinned(sequence.adapter_id)
 
+        def is_admissible(sequence: Sequence) -> bool:
+            adapter_id = sequence.adapter_id
+            is_there = (
+                adapter_id is None
+                or self._residency.is_resident(adapter_id)
+                or (self._step_wait.may_wait_for(sequence) and self._is_in_load(sequence))
+            )
+            return is_there and may_begin(sequence)
+
         for sequence in self._waiting.admissible(is_admissible):
             # Only a blocking engine gets here; without blocks the step could not have it anyway.
             if self._is_in_load(sequence):
                 return self._blocks.can_admit(sequence, num_spare=len(self._running))
-            # Without blocks the earliest waits, and a shorter later one must not overtake it.
-            if not self._blocks.admit(sequence, num_spare=len(self._running)):
-                return False
-            self._start_running(sequence)
-            budget -= _add_chunk(chunks, sequence, budget)
+            if self._layer_jobs.has(sequence):
+                self._start_running(sequence)
+                budget -= self._layer_jobs.plan(budget)
+            else:
+                # Without blocks the earliest waits, and a shorter later one must not overtake it.
+                if not self._admit_to_blocks(sequence):
+                    return False
+                self._start_running(sequence)
+                budget -= _add_chunk(chunks, sequence, budget)
             if not self._has_room(budget):
                 return False
+        self._layer_jobs.plan_waiting(self._waiting, may_begin, budget, len(self._running))
         return False
+
+    def _admit_to_blocks(self, sequence: Sequence) -> bool:
+        num_spare = len(self._running)
+        return self._blocks.admit(sequence, num_spare) or (
+            self._layer_jobs.make_room() and self._blocks.admit(sequence, num_spare)
+        )
 
     def _is_in_load(self, sequence: Sequence) -> bool:
         adapter_id = sequence.adapter_id
@@ -383,12 +419,14 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self._stop_running(sequence)
         else:
+            self._layer_jobs.drop(sequence)
             self._waiting.remove(sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
         index = bisect_left(self._running, sequence.sequence_id, key=_arrival)
         assert self._running[index] is sequence, "only a running sequence is stopped"
         del self._running[index]
+        self._layer_jobs.drop(sequence)
         self._blocks.release(sequence)
         if sequence.adapter_id is not None:
             self._residency.release(sequence.adapter_id)

@@ -14,7 +14,8 @@ class SequenceState(Enum):
     """
     | state    | KV blocks                 | next                                        |
     |----------|---------------------------|---------------------------------------------|
-    | WAITING  | none                      | RUNNING when admitted, FINISHED             |
+    | WAITING  | none; in a layer job      | RUNNING when admitted, FINISHED             |
+    |          | those of all its tokens   |                                             |
     | RUNNING  | all of its computed tokens| WAITING when preempted, FINISHED            |
     | FINISHED | none                      |                                             |
 

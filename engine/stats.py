@@ -40,6 +40,8 @@ def engine_stats(
         steps_total=snapshot.num_steps,
         step_waits_total=snapshot.step_waits.num_waits,
         step_wait_seconds_total=snapshot.step_waits.seconds,
+        layer_jobs_total=snapshot.layer_jobs.num_jobs,
+        layer_groups_total=snapshot.layer_jobs.num_groups,
         preemptions_total=scheduler.num_preemptions,
         pool_bytes_total=capacities.pool_bytes,
         pool_bytes_used=snapshot.pool_bytes_used,

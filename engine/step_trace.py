@@ -2,19 +2,23 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Protocol
 
 from engine.adapter_actions import BeginLoad, InstallAdapter
 from engine.core import Runner, Slots
-from engine.plan import LaunchedStep, SampledToken, StepPlan
+from engine.plan import LaunchedStep, LayerGroup, SampledToken, StepPlan
 from ipc.messages import AdapterId, LoadId
 from ipc.trace import Args, Flow, Recorder
 
 STEP_TRACK = "step thread"
 FORWARD_TRACK = "forward stream"
+# Layer groups lie within steps, and spans of one track must not overlap.
+STEP_GROUP_TRACK = "step thread, layers"
+FORWARD_GROUP_TRACK = "forward stream, layers"
 
 
 class TimedEvent(Protocol):
@@ -33,28 +37,37 @@ class LoadNames:
     def __init__(self) -> None:
         self._first_uses: dict[AdapterId, tuple[LoadId, str]] = {}
         self._loads: dict[LoadId, str] = {}
+        self._adapters: dict[AdapterId, str] = {}
 
     def begin(self, load: BeginLoad) -> None:
         name = PurePath(load.source.path).name
         self._loads[load.load_id] = name
+        self._adapters[load.adapter_id] = name
         self._first_uses[load.adapter_id] = (load.load_id, name)
 
     def forget(self, adapter_id: AdapterId) -> None:
         """No step to come uses the adapter."""
         self._first_uses.pop(adapter_id, None)
+        self._adapters.pop(adapter_id, None)
 
     def end(self, load_id: LoadId) -> None:
         self._loads.pop(load_id, None)
 
     def name(self, load_id: LoadId) -> str:
-        """The adapter's name, empty if the load is over."""
+        """The adapter's name, empty if it has left the pool or the load was given up."""
         return self._loads.get(load_id, "")
+
+    def adapter_name(self, adapter_id: AdapterId | None) -> str:
+        """The adapter's name, empty if it is not in the pool."""
+        return "" if adapter_id is None else self._adapters.get(adapter_id, "")
 
     def first_uses(self, plan: StepPlan) -> list[tuple[LoadId, str]]:
         """The loads whose adapter no step before ``plan`` has used; each is told once."""
         if not self._first_uses:
             return []
         adapter_ids = {chunk.sequence.adapter_id for chunk in plan.chunks}
+        if plan.layer_group is not None:
+            adapter_ids.add(plan.layer_group.chunk.sequence.adapter_id)
         return [
             self._first_uses.pop(adapter_id)
             for adapter_id in adapter_ids
@@ -80,18 +93,21 @@ class TracedSlots:
         self._slots.abandon(load_id)
 
     def install(self, adapter: InstallAdapter) -> None:
-        self._names.end(self._loads.pop(adapter.adapter_id))
+        # Chunks of its load may still come: some of its layers are enough to be installed.
         self._slots.install(adapter)
 
     def remove(self, adapter_id: AdapterId) -> None:
+        self._names.end(self._loads.pop(adapter_id))
         self._names.forget(adapter_id)
         self._slots.remove(adapter_id)
 
 
 @dataclass(frozen=True, slots=True)
 class _Marks:
-    """One step's ends on the device, and the host's times between which both were reached."""
+    """The ends of a step, or of a part, and the host's times between which both were reached."""
 
+    track: str
+    name: str
     begin: TimedEvent
     end: TimedEvent
     launched_s: float
@@ -110,8 +126,12 @@ class DeviceTimes:
         self._marks: deque[_Marks] = deque()
         self._last: tuple[TimedEvent, float] | None = None
 
-    def add(self, begin: TimedEvent, end: TimedEvent, launched_s: float, args: Args) -> None:
-        self._marks.append(_Marks(begin, end, launched_s, args))
+    def add_step(self, begin: TimedEvent, end: TimedEvent, launched_s: float, args: Args) -> None:
+        self._marks.append(_Marks(FORWARD_TRACK, "step", begin, end, launched_s, args))
+
+    def add_group(self, begin: TimedEvent, end: TimedEvent, launched_s: float, args: Args) -> None:
+        """To be called before ``add_step`` of its step."""
+        self._marks.append(_Marks(FORWARD_GROUP_TRACK, "layers", begin, end, launched_s, args))
 
     def record_done(self) -> None:
         """Records every step whose end was reached."""
@@ -127,14 +147,52 @@ class DeviceTimes:
                 # A step before it is recorded already, and two never run at once.
                 late_s = min(late_s, max(0.0, begin_s - self._last[1]))
             self._last = (marks.end, end_s - late_s)
-            self._recorder.span(FORWARD_TRACK, "step", begin_s - late_s, end_s - late_s, marks.args)
+            begin_s, end_s = begin_s - late_s, end_s - late_s
+            self._recorder.span(marks.track, marks.name, begin_s, end_s, marks.args)
+
+
+class TracedGroups:
+    """Records launches of layer groups, each within its step's; on the step thread alone.
+
+    ``mark`` records a timed event on the forward stream. None: a group is done when its launch
+    returns, as on a CPU.
+    """
+
+    def __init__(
+        self,
+        names: LoadNames,
+        recorder: Recorder,
+        mark: Callable[[], TimedEvent] | None,
+    ) -> None:
+        self.device_times = DeviceTimes(recorder)
+        self._names = names
+        self._recorder = recorder
+        self._mark = mark
+
+    @contextmanager
+    def around(self, group: LayerGroup) -> Iterator[None]:
+        """To be entered for the time of a group's launch."""
+        args: Args = {
+            "adapter": self._names.adapter_name(group.chunk.sequence.adapter_id),
+            "layers": f"{group.layers.start}-{group.layers.stop - 1}",
+            "tokens": group.chunk.num_tokens,
+        }
+        begin_s = time.monotonic()
+        begin = self._mark() if self._mark is not None else None
+        yield
+        end_s = time.monotonic()
+        self._recorder.span(STEP_GROUP_TRACK, "launch layers", begin_s, end_s, args)
+        if self._mark is None or begin is None:
+            self._recorder.span(FORWARD_GROUP_TRACK, "layers", begin_s, end_s, args)
+        else:
+            self.device_times.add_group(begin, self._mark(), begin_s, args)
 
 
 class TracedRunner:
     """``runner``, its launches and waits recorded; used on the step thread alone.
 
     ``mark`` records a timed event on the forward stream. None: a step is done when its launch
-    returns, as on a CPU.
+    returns, as on a CPU. ``device_times`` is that of the groups within the runner's steps.
     """
 
     def __init__(
@@ -143,12 +201,13 @@ class TracedRunner:
         names: LoadNames,
         recorder: Recorder,
         mark: Callable[[], TimedEvent] | None,
+        device_times: DeviceTimes,
     ) -> None:
         self._runner = runner
         self._names = names
         self._recorder = recorder
         self._mark = mark
-        self._device_times = DeviceTimes(recorder)
+        self._device_times = device_times
         self._num_launched = 0
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -165,7 +224,7 @@ class TracedRunner:
         if self._mark is None or begin is None:
             self._recorder.span(FORWARD_TRACK, "step", begin_s, end_s, args)
         else:
-            self._device_times.add(begin, self._mark(), begin_s, args)
+            self._device_times.add_step(begin, self._mark(), begin_s, args)
         return _TracedStep(step, self._num_launched, self._recorder, self._device_times)
 
 
@@ -191,10 +250,12 @@ class _TracedStep:
 def _describe(plan: StepPlan, number: int, first_uses: list[str]) -> Args:
     num_decode = sum(chunk.start >= chunk.sequence.num_prompt_tokens for chunk in plan.chunks)
     kind = "mixed" if num_decode else "prefill"
+    if num_decode == len(plan.chunks):
+        kind = "decode" if num_decode else "layers"
     return {
         "step": number,
         "tokens": plan.num_tokens,
         "sequences": len(plan.chunks),
-        "kind": "decode" if num_decode == len(plan.chunks) else kind,
+        "kind": kind,
         "first_uses": ", ".join(sorted(first_uses)),
     }

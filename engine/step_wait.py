@@ -1,11 +1,12 @@
 """When a step waits for its adapters: what sets ``--adapter-loading blocking`` apart.
 
-| mode     | a sequence whose adapter is being loaded, but that could run otherwise             |
-|----------|------------------------------------------------------------------------------------|
-| overlap  | joins a later step; this one is launched without it                                |
-| blocking | is in this step, which is launched once the adapter is resident, or will not come  |
+| mode      | a sequence whose adapter is being loaded, but that could run otherwise             |
+|-----------|------------------------------------------------------------------------------------|
+| overlap   | joins a later step; this one is launched without it                                |
+| layerwise | the same, but meanwhile it may go through layers (``engine.layer_jobs``)           |
+| blocking  | is in this step, which is launched once the adapter is resident, or will not come  |
 
-Loads, their order and their room are the same in both. A step waits for the sequences that were
+Loads, their order and their room are the same in all. A step waits for the sequences that were
 there when its wait began; later ones are the next step's affair, as they would be in an engine
 that loads inside the step.
 """

@@ -250,6 +250,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag="engine_stats"):
     steps_total: int
     step_waits_total: int
     step_wait_seconds_total: float
+    layer_jobs_total: int
+    layer_groups_total: int
     preemptions_total: int
     pool_bytes_total: int
     pool_bytes_used: int

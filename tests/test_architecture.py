@@ -18,6 +18,7 @@ POLICY = (
     "engine.block_manager",
     "engine.commands",
     "engine.config",
+    "engine.layer_jobs",
     "engine.memory_plan",
     "engine.plan",
     "engine.prefetch_hints",

@@ -32,7 +32,7 @@ from engine.plan import LaunchedStep, StepPlan
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.slot_allocator import SlotAllocator
-from engine.step_trace import LoadNames, TracedRunner
+from engine.step_trace import DeviceTimes, LoadNames, TracedRunner
 from ipc.base_model import LINEAR_MODULES, BaseModel, DType, LinearShape
 from ipc.image import AdapterModule, layout_image
 from ipc.messages import (
@@ -137,7 +137,7 @@ def measure(
     clients, pool = Clients(), InstantSlots()
     runner: Runner = FixedRunner()
     if recorder is not None:
-        runner = TracedRunner(runner, LoadNames(), recorder, None)
+        runner = TracedRunner(runner, LoadNames(), recorder, None, DeviceTimes(recorder))
     core = EngineCore(
         scheduler,
         residency,

@@ -276,8 +276,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "adapter_loading",
             parse_choice(AdapterLoading),
             choices(AdapterLoading),
-            "While an adapter is loaded: overlap lets all other requests go on, blocking lets the"
-            " whole step wait, for comparisons.",
+            "While an adapter is loaded, overlap lets other requests go on, and layerwise its own"
+            " prefill too; blocking lets the step wait, for comparisons.",
         ),
         Option(
             "--max-adapter-wait",

@@ -12,13 +12,14 @@ its copies take a fraction of the time in which the bus fills the next one.
 
 import select
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
 import torch
 
-from engine.commands import Command, LoadAbandoned, LoadBroken, LoadPlaced
+from engine.commands import Command, LoadAbandoned, LoadBroken, LoadPlaced, StagesPlaced
 from engine.device import Device, Event
 from engine.lora.pool import AdapterPool
 from engine.mailbox import Mailbox
@@ -73,12 +74,14 @@ class _Load:
 
     ``runs`` are pairs of an image offset and an address: bytes before that offset, and not before
     the run before's, go to the address plus their own offset in the image. ``next_run`` is the one
-    of ``placement.next_offset``.
+    of ``placement.next_offset``. ``stage_ends`` are image offsets, ``num_stages`` those reported.
     """
 
     placement: Placement
     runs: list[tuple[int, int]]
+    stage_ends: list[int]
     next_run: int = 0
+    num_stages: int = 0
 
 
 _Item = _Connect | Placement | _Abandon | _Reclaim | _Stop
@@ -88,6 +91,8 @@ class Placer:
     """Moves bytes from the ring to the pool and reports; decides nothing.
 
     ``post`` takes a command for the step thread; it is called on this thread and must not block.
+    With ``reports_stages`` it hears of each chunk that completes stages of a load, not only of its
+    end. What it hears of is in device memory: work that is enqueued later needs no event to see it.
     ``adapter_name`` tells ``recorder`` what a load brings.
     """
 
@@ -99,8 +104,10 @@ class Placer:
         post: Callable[[Command], None],
         recorder: Recorder = NO_TRACE,
         adapter_name: Callable[[LoadId], str] = lambda load_id: "",
+        reports_stages: bool = False,
     ) -> None:
         self._device = device
+        self._reports_stages = reports_stages
         self._post = post
         self._recorder = recorder
         self._adapter_name = adapter_name
@@ -169,7 +176,8 @@ class Placer:
     def _carry_out(self, item: _Connect | Placement | _Abandon | _Reclaim) -> None:
         match item:
             case Placement():
-                self._loads[item.load_id] = _Load(item, self._runs(item))
+                ends = [stage.offset + stage.num_bytes for stage in item.layout.stages]
+                self._loads[item.load_id] = _Load(item, self._runs(item), ends)
             case _Abandon():
                 self._loads.pop(item.load_id, None)
                 self._post(LoadAbandoned(item.load_id))
@@ -215,6 +223,14 @@ class Placer:
         if load.placement.next_offset == load.placement.layout.num_bytes:
             del self._loads[ready.load_id]
             self._post(LoadPlaced(ready.load_id))
+        elif self._reports_stages:
+            self._report_stages(load)
+
+    def _report_stages(self, load: _Load) -> None:
+        num_stages = bisect_right(load.stage_ends, load.placement.next_offset)
+        if num_stages > load.num_stages:
+            load.num_stages = num_stages
+            self._post(StagesPlaced(load.placement.load_id, num_stages))
 
     def _copy(self, load: _Load, ready: ChunkReady) -> None:
         """One contiguous copy for every run of the load that the chunk touches."""

@@ -10,7 +10,7 @@ from ipc.messages import AdapterId, LoadId
 
 
 class ResidentTable(Protocol):
-    """Where a step looks up the adapters that lie in the pool."""
+    """Where a step looks up the adapters that lie in the pool, whole or up to a layer."""
 
     def install(
         self,

@@ -104,6 +104,8 @@ async def test_the_engines_figures_have_the_names_that_dashboards_know() -> None
         "sidestream:adapter_evictions_total",
         "sidestream:step_wait_seconds_total",
         "sidestream:step_waits_total",
+        "sidestream:layer_jobs_total",
+        "sidestream:layer_groups_total",
         "sidestream:kv_blocks_used",
         "sidestream:stale_chunks_total",
     }

@@ -1,11 +1,13 @@
-"""The same server, loads beside the steps or within them: other gaps, the same answers."""
+"""The same server, loads beside the steps, within them or layer by layer: the same answers."""
 
+import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.e2e.conftest import serve_arguments
-from tests.e2e.harness import Server, serving
+from tests.e2e.harness import DEADLINE_S, Server, serving, wait_until
 from tests.e2e.test_loading import bystander_gaps_during_a_load
 from tools.tiny_model.cache import TinyModel
 
@@ -13,6 +15,8 @@ pytestmark = pytest.mark.e2e
 
 DELAY_S = 1.5
 LOAD_TIMEOUT_S = 4.0
+# Of a file, and of the staging ring.
+PIECE = "4KiB"
 
 
 def largest_gap(server: Server, prompt: str) -> float:
@@ -59,7 +63,17 @@ def test_a_loader_that_stands_still_stops_the_steps_no_longer_than_a_load_may_ta
     assert LOAD_TIMEOUT_S <= waited_s < LOAD_TIMEOUT_S + 1.0
 
 
-def test_answers_are_right_when_loads_block(tiny_model: TinyModel) -> None:
+def modes_arguments(tiny_model: TinyModel, mode: str) -> list[str]:
+    """Images come in in many small pieces, so that layers arrive one after another."""
+    return [
+        *serve_arguments(tiny_model),
+        *("--adapter-loading", mode),
+        *("--read-block-size", PIECE, "--staging-chunk-size", PIECE),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["blocking", "overlap", "layerwise"])
+def test_answers_are_right_however_adapters_are_loaded(mode: str, tiny_model: TinyModel) -> None:
     asked = [
         (voice, prompt, answer)
         for voice in (None, *tiny_model.adapters)
@@ -68,10 +82,63 @@ def test_answers_are_right_when_loads_block(tiny_model: TinyModel) -> None:
         )
     ]
     with (
-        serving(*serve_arguments(tiny_model), "--adapter-loading", "blocking") as server,
+        serving(*modes_arguments(tiny_model, mode), inject_read_delay_s=0.01) as server,
         ThreadPoolExecutor(16) as pool,
     ):
         answers = list(pool.map(lambda one: server.answer(one[0] or "tiny", one[1]), asked))
-        assert server.metric("sidestream:step_waits_total") > 0
         assert server.metric("sidestream:adapter_evictions_total") > 0
+        assert (server.metric("sidestream:step_waits_total") > 0) == (mode == "blocking")
+        num_jobs = server.metric("sidestream:layer_jobs_total")
+        assert (num_jobs > 0) == (mode == "layerwise")
+        assert (server.metric("sidestream:layer_groups_total") > num_jobs) == (num_jobs > 0)
     assert answers == [answer for _, _, answer in asked]
+
+
+def in_mid_job(server: Server) -> None:
+    """Returns while some prefill has gone through some of its adapter's layers."""
+    wait_until(lambda: server.metric("sidestream:layer_groups_total") > 0, "a group of layers ran")
+    assert server.metric("vllm:num_requests_waiting") == 1, "the load is over: nothing is tested"
+
+
+def test_a_loader_killed_in_the_middle_of_a_job_changes_no_answer(tiny_model: TinyModel) -> None:
+    prompt = tiny_model.prompts[0]
+    arguments = modes_arguments(tiny_model, "layerwise")
+    with (
+        serving(*arguments, inject_read_delay_s=0.1) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(server.answer, "json", prompt)
+        in_mid_job(server)
+        server.kill("loader")
+        assert waiting.result(DEADLINE_S) == tiny_model.answers["json"][0]
+        assert server.metric("sidestream:layer_jobs_total") == 2
+        assert server.metric("sidestream:kv_blocks_used") == 0
+
+
+def test_a_request_cancelled_in_the_middle_of_a_job_leaves_nothing_behind(
+    tiny_model: TinyModel,
+) -> None:
+    prompt = tiny_model.prompts[0]
+    body = {"model": "json", "prompt": prompt, "max_tokens": 8, "stream": True}
+    arguments = modes_arguments(tiny_model, "layerwise")
+    with serving(*arguments, inject_read_delay_s=0.1) as server:
+        with socket.create_connection(
+            (server.http.base_url.host, server.http.base_url.port)
+        ) as one:
+            text = json.dumps(body).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n"
+            one.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + text)
+            in_mid_job(server)
+            assert server.metric("sidestream:kv_blocks_used") > 0
+        wait_until(lambda: server.metric("vllm:num_requests_waiting") == 0, "it is cancelled")
+        assert server.metric("sidestream:kv_blocks_used") == 0
+        for voice in ("json", "shout"):
+            assert server.answer(voice, prompt) == tiny_model.answers[voice][0]
+
+
+def test_other_streams_go_on_while_a_prefill_goes_through_layers(tiny_model: TinyModel) -> None:
+    arguments = modes_arguments(tiny_model, "layerwise")
+    with serving(*arguments, inject_read_delay_s=DELAY_S / 10) as server:
+        before = server.metric("sidestream:layer_groups_total")
+        assert largest_gap(server, tiny_model.prompts[0]) < DELAY_S / 4
+        assert server.metric("sidestream:layer_groups_total") >= before + 2

@@ -32,3 +32,23 @@ def test_a_trace_shows_an_adapter_from_its_file_to_its_first_step(
     load = ways[1]["args"]["load"]
     flow = [event["ph"] for event in events if event.get("cat") == "load" and event["id"] == load]
     assert sorted(flow) == ["f", "s", "t"]
+
+
+@pytest.mark.e2e
+def test_a_trace_shows_a_prefill_going_through_the_layers_that_have_arrived(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.json"
+    pieces = ("--read-block-size", "4KiB", "--staging-chunk-size", "4KiB")
+    arguments = (*serve_arguments(tiny_model), "--adapter-loading", "layerwise", *pieces)
+    with serving(*arguments, "--trace", str(path), inject_read_delay_s=0.02) as server:
+        server.answer("json", tiny_model.prompts[0])
+    events = read_events(path)
+    name = tiny_model.adapters["json"].name
+    copies = [event for event in events if event["name"] == f"copy {name}"]
+    groups = [event for event in events if event["name"] == "layers"]
+    assert {group["args"]["adapter"] for group in groups} == {name}
+    assert groups[0]["ts"] < copies[-1]["ts"]
+    bounds = [tuple(map(int, group["args"]["layers"].split("-"))) for group in groups]
+    layers = [layer for first, last in bounds for layer in range(first, last + 1)]
+    assert len(groups) >= 2 and layers == list(range(len(layers)))

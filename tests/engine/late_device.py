@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.plan import SampledToken, ScheduledChunk, StepPlan
+from engine.plan import LayerGroup, SampledToken, ScheduledChunk, StepPlan
 from engine.sequence import Sequence
 from ipc.messages import AdapterId, FinishReason
-from tests.engine.builders import EOS
+from tests.engine.builders import BASE, EOS
 
+ALL_LAYERS = range(BASE.num_layers)
 VOCABULARY = (EOS, 1, 1, 2, 3, 4)
 
 
@@ -49,8 +50,11 @@ def answer(sequence: Sequence, max_sequence_tokens: int) -> tuple[list[int], Fin
 
 @dataclass(frozen=True)
 class LateChunk:
-    """All that a chunk's launch hands over; what the sequence becomes later is not seen."""
+    """All that a launch of ``layers`` of a chunk hands over; what the sequence becomes later is not
+    seen. ``job`` is the chunk that goes through the layers in groups."""
 
+    layers: range
+    job: ScheduledChunk | None
     adapter_id: AdapterId | None
     known: tuple[int, ...]
     pending_from: int | None
@@ -73,25 +77,32 @@ class LateStep:
 
 
 class LateDevice:
-    """Owns the keys of every block. Called with an adapter at a step's launch, ``see_adapter``
-    gives what is to be called when the step reads it."""
+    """Owns the keys of every layer of every block. Called with an adapter and layers at a step's
+    launch, ``see_adapter`` gives what is to be called when the step reads them."""
 
     def __init__(
         self,
         block_size: int,
-        see_adapter: Callable[[AdapterId], Callable[[], None]] = lambda _: lambda: None,
+        see_adapter: Callable[[AdapterId, range], Callable[[], None]] = lambda _, layers: (
+            lambda: None
+        ),
     ) -> None:
         self.num_launched = 0
         self.num_run = 0
         self._block_size = block_size
         self._see_adapter = see_adapter
         self._steps: deque[LateStep] = deque()
-        self._keys: dict[tuple[int, int], int] = {}
+        self._keys: dict[tuple[int, int, int], int] = {}
+        # The job whose hidden states are kept, and the layer that they stand before.
+        self._kept: tuple[ScheduledChunk, int] | None = None
         self._last_drawn: list[int] = []
 
     def launch(self, plan: StepPlan) -> LateStep:
-        assert plan.chunks, "an empty step is not launched"
-        step = LateStep(self, self.num_launched, [self._late(chunk) for chunk in plan.chunks])
+        assert not plan.is_empty, "an empty step is not launched"
+        chunks = [self._late(chunk) for chunk in plan.chunks]
+        if plan.layer_group is not None:
+            chunks.append(self._late(plan.layer_group.chunk, plan.layer_group))
+        step = LateStep(self, self.num_launched, chunks)
         self._steps.append(step)
         self.num_launched += 1
         return step
@@ -104,26 +115,32 @@ class LateDevice:
             self._last_drawn = step.drawn
             self.num_run += 1
 
-    def _late(self, chunk: ScheduledChunk) -> LateChunk:
+    def _late(self, chunk: ScheduledChunk, group: LayerGroup | None = None) -> LateChunk:
         sequence = chunk.sequence
+        layers = ALL_LAYERS if group is None else group.layers
         end = chunk.start + chunk.num_tokens
         known = tuple(sequence.token_ids[:end])
         assert len(known) == end - (chunk.pending_from is not None)
         return LateChunk(
+            layers,
+            None if group is None else chunk,
             sequence.adapter_id,
             known,
             chunk.pending_from,
             chunk.start,
             tuple(sequence.block_table),
-            chunk.samples,
+            chunk.samples and layers.stop == ALL_LAYERS.stop,
             (lambda: None)
             if sequence.adapter_id is None
-            else self._see_adapter(sequence.adapter_id),
+            else self._see_adapter(sequence.adapter_id, layers),
         )
 
     def _compute(self, chunk: LateChunk) -> int | None:
         """Checks that every key that is read is the chunk's own, and writes the new ones."""
         chunk.read_adapter()
+        if chunk.job is not None:
+            assert chunk.layers.start == 0 or self._kept == (chunk.job, chunk.layers.start)
+            self._kept = (chunk.job, chunk.layers.stop)
         tokens = list(chunk.known)
         if chunk.pending_from is not None:
             tokens.append(self._last_drawn[chunk.pending_from])
@@ -131,8 +148,9 @@ class LateDevice:
         for position, token_id in enumerate(tokens):
             key = next_key(key, token_id)
             place = (chunk.block_table[position // self._block_size], position % self._block_size)
-            if position < chunk.start:
-                assert self._keys[place] == key, "another prompt's keys"
-            else:
-                self._keys[place] = key
+            for layer in chunk.layers:
+                if position < chunk.start:
+                    assert self._keys[layer, *place] == key, "another prompt's keys"
+                else:
+                    self._keys[layer, *place] = key
         return key if chunk.samples else None

@@ -86,10 +86,6 @@ class LateStreams(CpuDevice):
         with self._lock:
             self._load.give(event.synchronize)
 
-    def forward_wait(self, event: Event) -> None:
-        with self._lock:
-            self._forward.give(event.synchronize)
-
     def synchronize(self) -> None:
         with self._lock:
             for stream in (self._load, self._forward):

@@ -46,14 +46,28 @@ def image_of(layout: ImageLayout, seed: int) -> bytes:
 class Rig:
     """A placer on its thread, with the test as loader and step thread at once."""
 
-    def __init__(self, num_chunks: int, pool_bytes: int, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        num_chunks: int,
+        pool_bytes: int,
+        device: Device | None = None,
+        reports_stages: bool = False,
+    ) -> None:
         self.device = open_device(DeviceKind.AUTO) if device is None else device
         self.pool = AdapterPool(base_model(), pool_bytes, self.device)
         self.pool.extent_view(0, pool_bytes).fill_(POISON)
         self.loader = LoaderEnd(self.device, num_chunks, CHUNK_BYTES)
         self.commands: list[Command] = []
+        # Called on the placer's thread, before anybody hears of the command.
+        self.at_post: Callable[[Command], None] = lambda command: None
         self._changed = threading.Condition()
-        self.placer = Placer(self.device, self.pool, self.loader.ring, self._post)
+        self.placer = Placer(
+            self.device,
+            self.pool,
+            self.loader.ring,
+            self._post,
+            reports_stages=reports_stages,
+        )
         self.placer.connect(self.loader.engine_end)
         self._thread = threading.Thread(target=self.placer.run)
 
@@ -61,6 +75,7 @@ class Rig:
         self._thread.start()
 
     def _post(self, command: Command) -> None:
+        self.at_post(command)
         with self._changed:
             self.commands.append(command)
             self._changed.notify_all()

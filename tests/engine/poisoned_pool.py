@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from engine import adapter_actions as actions
 from engine.adapter_demand import AdapterDemand
 from engine.adapter_slots import AdapterSlots
-from engine.commands import Command, LoadAbandoned, LoadPlaced
+from engine.commands import Command, LoadAbandoned, LoadPlaced, StagesPlaced
 from engine.device import CudaDevice, Device, Event
 from engine.lora.placer import Placer
 from engine.lora.pool import AdapterPool
@@ -115,7 +116,9 @@ class PoisonedPool:
         self.table = AdapterTable(BASE, num_adapters, device)
         self.loader = LoaderEnd(device, NUM_CHUNKS, CHUNK_BYTES, POISON)
         self._commands: SimpleQueue[Command] = SimpleQueue()
-        self._placer = Placer(device, self.pool, self.loader.ring, self._commands.put)
+        self._placer = Placer(
+            device, self.pool, self.loader.ring, self._commands.put, reports_stages=True
+        )
         self._slots = PoolSlots(device, self._placer, (self.table,))
         self._thread = threading.Thread(target=self._placer.run)
         self.loads: dict[AdapterId, LoadId] = {}
@@ -154,20 +157,37 @@ class PoisonedPool:
         self._carry_out()
 
     def hear_placed(self, *adapter_ids: AdapterId) -> None:
-        """Waits until these loads, and no others, are placed."""
+        """Waits until these loads, and no others, are placed.
+
+        Of their stages residency hears nothing: the table gets them as a whole.
+        """
         left = {self.loads[adapter_id] for adapter_id in adapter_ids}
         while left:
-            command = self._commands.get(timeout=DEADLINE_S)
+            command = self._hear()
             assert isinstance(command, LoadPlaced), command
             left.remove(command.load_id)
             self.residency.load_placed(command.load_id, now_s=0.0)
             self._carry_out()
 
+    def hear_layers(self, adapter_id: AdapterId, num_layers: int) -> None:
+        """Waits until so many layers of the load are placed; the table gets the adapter."""
+        while self.residency.num_placed_layers(adapter_id) < num_layers:
+            command = self._commands.get(timeout=DEADLINE_S)
+            assert isinstance(command, StagesPlaced), command
+            self.residency.stages_placed(command.load_id, command.num_stages)
+            self._carry_out()
+
     def hear_abandoned(self, adapter_id: AdapterId) -> None:
-        command = self._commands.get(timeout=DEADLINE_S)
+        command = self._hear()
         assert command == LoadAbandoned(self.loads[adapter_id]), command
         self.residency.load_abandoned(command.load_id)
         self._carry_out()
+
+    def _hear(self) -> Command:
+        """The next command that is not of stages."""
+        while isinstance(command := self._commands.get(timeout=DEADLINE_S), StagesPlaced):
+            pass
+        return command
 
     def extents(self, adapter_id: AdapterId) -> tuple[int, ...]:
         return self.residency.adapter(adapter_id).extents
@@ -191,20 +211,29 @@ class PoisonedPool:
 
     # --- The model's part -------------------------------------------------------------------
 
-    def launch(self, adapter_id: AdapterId) -> Step:
-        """A slow step that reads the adapter through the table. ``KeyError`` if it is not there."""
-        index = self.table.entry(adapter_id).index
-        return self.slow.launch(self.table.records[index], self._gather)
+    def launch(self, adapter_id: AdapterId, num_layers: int = BASE.num_layers) -> Step:
+        """A slow step that reads the adapter's first layers through the table.
 
-    def _gather(self, records: Tensor) -> Tensor:
-        """Every byte that one adapter's ``records`` point at, in the order of the image.
+        ``KeyError`` if the adapter is not there.
+        """
+        index = self.table.entry(adapter_id).index
+        gather = partial(self._gather, num_layers=num_layers)
+        return self.slow.launch(self.table.records[index], gather)
+
+    def image_of_layers(self, adapter_id: AdapterId, num_layers: int) -> bytes:
+        """What such a step is to see."""
+        end = self.layout.stages[BASE.layer_stage(num_layers)].offset
+        return self.images[adapter_id][:end]
+
+    def _gather(self, records: Tensor, num_layers: int) -> Tensor:
+        """Every byte that one adapter's first ``records`` point at, in the order of the image.
 
         The host does not look at ``records``: they may not have been written yet.
         """
         offsets, numbers, _ = views(records)
         arena = self.pool.extent_view(0, self.pool.num_bytes).view(torch.bfloat16)
         pieces = []
-        for layer in range(BASE.num_layers):
+        for layer in range(num_layers):
             linears = [(BASE.linear(name), LINEAR_MODULES.index(name)) for name in MODULES]
             for linear, column in linears:
                 first_rank = numbers[layer, column, 5]

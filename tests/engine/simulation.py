@@ -20,12 +20,12 @@ from engine.adapter_actions import (
     RemoveAdapter,
 )
 from engine.config import AdapterLoading
-from engine.plan import LaunchedStep, StepPlan
+from engine.plan import LaunchedStep, LayerGroup, StepPlan
 from engine.sequence import Sequence, SequenceState
 from ipc.errors import AdapterInvalid, Overloaded
 from ipc.image import ImageLayout
 from ipc.messages import AdapterId, Forget, LoadId, Residency, SamplingParams, Warm
-from tests.engine.builders import Policy, make_manifest, make_sequence
+from tests.engine.builders import BASE, Policy, make_manifest, make_sequence
 from tests.engine.late_device import LateDevice, answer
 
 WAIT_LIMIT_S = 0.5
@@ -41,7 +41,10 @@ MODULES = (("q_proj",), ("v_proj",), ("q_proj", "v_proj"))
 
 @dataclass(eq=False)
 class SimulatedLoad:
-    """Writes only once the first ``fence`` steps are done: all that were launched before it."""
+    """Writes only once the first ``fence`` steps are done: all that were launched before it.
+
+    ``num_placed`` of the pieces, one for each layer, were reported to be in place.
+    """
 
     adapter_id: AdapterId
     pieces: list[tuple[int, int]]
@@ -49,6 +52,7 @@ class SimulatedLoad:
     ends_s: float
     fails: bool
     abandoned: bool = False
+    num_placed: int = 0
 
 
 class Simulation:
@@ -71,6 +75,7 @@ class Simulation:
         self.device = LateDevice(BLOCK_SIZE, self._see_adapter)
         self.in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self.num_overlapped = 0
+        self.num_groups = 0
         self.policy = Policy(
             pool_bytes=POOL_BYTES,
             num_blocks=NUM_BLOCKS,
@@ -92,7 +97,8 @@ class Simulation:
         self.loader_is_there = False
         self.loads: dict[LoadId, SimulatedLoad] = {}
         self.extents: dict[AdapterId, list[tuple[int, int]]] = {}
-        self.stamps: dict[int, AdapterId] = {}
+        # Whose bytes stand at each extent; None: what a load under way has left there.
+        self.stamps: dict[int, AdapterId | None] = {}
         self.table: dict[AdapterId, list[tuple[int, int]]] = {}
         self.starving_since_s: dict[AdapterId, float] = {}
 
@@ -163,10 +169,11 @@ class Simulation:
     def progress_loads(self) -> None:
         for load_id, load in list(self.loads.items()):
             if load.ends_s > self.now_s:
+                self._progress(load_id, load)
                 continue
             if load.abandoned:
                 # A copy that was under way ends: the last moment at which the slot is written.
-                self._write(load)
+                self._write(load.pieces[load.num_placed :], None, load.fence)
                 del self.loads[load_id]
                 del self.extents[load.adapter_id]
                 self.policy.residency.load_abandoned(load_id)
@@ -174,10 +181,26 @@ class Simulation:
                 load.ends_s = float("inf")
                 self.policy.residency.load_failed(load_id, AdapterInvalid("a file has changed"))
             elif self.loader_is_there:
-                self._write(load)
-                # The placer knows of it until the core has heard: it may be abandoned meanwhile.
+                self._write(load.pieces, load.adapter_id, load.fence)
                 load.ends_s = float("inf")
                 self.policy.residency.load_placed(load_id, self.now_s)
+                # One that was given up meanwhile is still to be abandoned.
+                if self.policy.residency.is_resident(load.adapter_id):
+                    del self.loads[load_id]
+
+    def _progress(self, load_id: LoadId, load: SimulatedLoad) -> None:
+        """Places some layers of the load, but never the last, and reports them where that is done.
+
+        A loader that is dead, or a load that was given up, brings no more.
+        """
+        is_over = load.abandoned or load.ends_s == float("inf") or not self.loader_is_there
+        if is_over or self.adapter_loading is not AdapterLoading.LAYERWISE:
+            return
+        num_placed = self.rng.choice((0, 0, 1, 2))
+        if num_placed > load.num_placed:
+            self._write(load.pieces[:num_placed], load.adapter_id, load.fence)
+            load.num_placed = num_placed
+            self.policy.residency.stages_placed(load_id, BASE.layer_stage(num_placed))
 
     # --- The step loop -----------------------------------------------------------------------
 
@@ -193,14 +216,17 @@ class Simulation:
         self._check_bounded_waiting(plan, running_before)
         self._check_plan(plan)
         self._check_step_wait(plan)
-        if plan.chunks:
+        if plan.layer_group is not None:
+            self._check_layer_group(plan.layer_group)
+        if not plan.is_empty:
             self.num_overlapped += bool(self.in_flight)
             self.in_flight.append((plan, self.device.launch(plan)))
             policy.scheduler.launched(plan)
-            policy.scheduler.step_took(plan.num_tokens, self.rng.uniform(0.02, 0.04))
+            if plan.layer_group is None:
+                policy.scheduler.step_took(plan.num_tokens, self.rng.uniform(0.02, 0.04))
         if cancels_while_running:
             self.cancel()
-        self._complete_steps(num_left=1 if self.overlap and plan.chunks else 0)
+        self._complete_steps(num_left=1 if self.overlap and not plan.is_empty else 0)
         policy.slots.assert_consistent()
         policy.blocks.assert_consistent()
 
@@ -249,12 +275,14 @@ class Simulation:
                     load.abandoned = True
                     load.ends_s = self.now_s + self.rng.choice((0.0, 0.3))
                 case InstallAdapter(adapter_id, _, layout, extents):
-                    self.loads = {i: x for i, x in self.loads.items() if x.adapter_id != adapter_id}
+                    assert adapter_id not in self.table
                     self.table[adapter_id] = _pieces(extents, layout)
                     assert self.table[adapter_id] == self.extents[adapter_id]
                 case RemoveAdapter(adapter_id):
                     del self.table[adapter_id]
-                    del self.extents[adapter_id]
+                    # Of a load that is given up the slot stays until the placer has let go of it.
+                    if all(load.adapter_id != adapter_id for load in self.loads.values()):
+                        del self.extents[adapter_id]
                 case FailRequests(adapter_id, error):
                     assert str(error)
                     for sequence in self.policy.scheduler.fail_adapter(adapter_id):
@@ -286,18 +314,20 @@ class Simulation:
             fails=self.rng.random() < 0.1,
         )
         self.loads[action.load_id] = load
-        self._write(load)
+        self._write(pieces, None, load.fence)
 
-    def _write(self, load: SimulatedLoad) -> None:
-        self.device.run_up_to(load.fence)
-        self.stamps.update((start, load.adapter_id) for start, _ in load.pieces)
+    def _write(self, pieces: list[tuple[int, int]], stamp: AdapterId | None, fence: int) -> None:
+        self.device.run_up_to(fence)
+        self.stamps.update((start, stamp) for start, _ in pieces)
 
     # --- Invariants ----------------------------------------------------------------------------
 
     def _check_plan(self, plan: StepPlan) -> None:
         scheduled = [chunk.sequence for chunk in plan.chunks]
         assert len(set(scheduled)) == len(scheduled)
-        assert plan.num_tokens <= MAX_TOKENS_IN_STEP
+        group = plan.layer_group
+        if group is None or len(group.layers) > 1:
+            assert plan.num_tokens <= MAX_TOKENS_IN_STEP
         assert self.policy.scheduler.num_running <= 6
         holders: dict[int, int] = {}
         for sequence in self.sequences:
@@ -317,7 +347,7 @@ class Simulation:
     def _check_step_wait(self, plan: StepPlan) -> None:
         """Whoever runs is in a step, unless that step waits for a load that is under way."""
         scheduler = self.policy.scheduler
-        if plan.chunks or self.in_flight or not scheduler.num_running:
+        if not plan.is_empty or self.in_flight or not scheduler.num_running:
             return
         waiting = [s for s in self.sequences if s.state is SequenceState.WAITING]
         assert self.adapter_loading is AdapterLoading.BLOCKING
@@ -327,8 +357,29 @@ class Simulation:
             for sequence in waiting
         ), "a step waits although nobody's adapter is being loaded"
 
-    def _see_adapter(self, adapter_id: AdapterId) -> Callable[[], None]:
-        pieces = self.table[adapter_id]
+    def _check_layer_group(self, group: LayerGroup) -> None:
+        """Of one sequence whose adapter lies in its slot that far, and that holds all its blocks.
+
+        While it waits for its adapter nobody waits for it in turn: it is no step's only reason to
+        be held up, and its blocks are nobody else's.
+        """
+        self.num_groups += 1
+        chunk = group.chunk
+        sequence = chunk.sequence
+        adapter_id = sequence.adapter_id
+        assert adapter_id is not None
+        assert chunk.num_tokens <= MAX_TOKENS_IN_STEP
+        assert sequence.num_computed_tokens == chunk.start
+        assert len(sequence.block_table) == -(-len(sequence.token_ids) // BLOCK_SIZE)
+        loads = [x for x in self.loads.values() if x.adapter_id == adapter_id and not x.abandoned]
+        if self.policy.residency.is_resident(adapter_id):
+            assert sequence.state is SequenceState.RUNNING
+        else:
+            assert sequence.state is SequenceState.WAITING
+            assert [group.layers.stop <= load.num_placed for load in loads] == [True]
+
+    def _see_adapter(self, adapter_id: AdapterId, layers: range) -> Callable[[], None]:
+        pieces = self.table[adapter_id][layers.start : layers.stop]
 
         def read() -> None:
             assert all(self.stamps[start] == adapter_id for start, _ in pieces), "another adapter"
@@ -360,7 +411,7 @@ class Simulation:
         self.starving_since_s = starving
         admitted = [
             chunk.sequence
-            for chunk in plan.chunks
+            for chunk in plan.completed_chunks
             if chunk.sequence not in running_before and chunk.sequence.adapter_id is not None
         ]
         for adapter_id, since_s in starving.items():

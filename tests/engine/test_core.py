@@ -13,6 +13,7 @@ from engine.commands import (
     LoaderConnected,
     LoadPlaced,
     Snapshot,
+    StagesPlaced,
     TakeSnapshot,
 )
 from engine.config import AdapterLoading
@@ -54,12 +55,14 @@ class Loop:
         overlap_steps: bool,
         num_blocks: int = 64,
         adapter_loading: AdapterLoading = AdapterLoading.OVERLAP,
+        cohorts: bool = False,
     ) -> None:
         self.policy = Policy(
             num_blocks=num_blocks,
             max_num_seqs=6,
             max_sequence_tokens=MAX_SEQUENCE_TOKENS,
             adapter_loading=adapter_loading,
+            cohorts=cohorts,
         )
         self.slots = WatchedSlots()
         self.device = LateDevice(block_size=4)
@@ -238,6 +241,50 @@ def test_commands_are_carried_out_while_a_step_waits() -> None:
     loop.core.carry_out(CancelRequest(CLIENT, RequestId("b")))
     loop.run_dry()
     assert len(loop.output("a")) == 3
+
+
+def arriving_loop(overlap_steps: bool, cohorts: bool = False) -> Loop:
+    """Request ``b`` waits for its adapter, which has just begun to be loaded layer by layer."""
+    loop = Loop(overlap_steps, adapter_loading=AdapterLoading.LAYERWISE, cohorts=cohorts)
+    loop.core.carry_out(LoaderConnected())
+    manifest = make_manifest(1)
+    loop.core.carry_out(AddAdapter(ADAPTER, manifest, False, None, lambda error: None))
+    loop.ask("b", [3, 4, 5], max_tokens=2, adapter_id=ADAPTER)
+    loop.core.step(0.0)
+    return loop
+
+
+def place_stages(loop: Loop, num_stages: int) -> None:
+    loop.core.carry_out(StagesPlaced(loop.slots.loads[0], num_stages))
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+def test_each_part_of_an_adapter_that_was_placed_leads_to_a_launch(overlap_steps: bool) -> None:
+    loop = arriving_loop(overlap_steps)
+    assert not loop.core.step(0.0), "without a layer there is nothing to do"
+    for number, num_stages in enumerate((2, 3)):
+        place_stages(loop, num_stages)
+        assert loop.core.step(0.0)
+        assert loop.events[-1 if overlap_steps else -2] == f"launch {number}"
+        # Nothing is left to do but to complete it, and to wait for the next part.
+        assert [loop.core.step(0.0) for _ in range(2)] == [overlap_steps, False]
+    loop.core.carry_out(LoadPlaced(loop.slots.loads[0]))
+    loop.run_dry()
+    alone = make_sequence(0, [3, 4, 5], ADAPTER, 2, 0.0, SamplingParams(ignore_eos=True))
+    assert loop.output("b") == answer(alone, MAX_SEQUENCE_TOKENS)[0]
+    snapshots: list[Snapshot] = []
+    loop.core.carry_out(TakeSnapshot(snapshots.append))
+    assert (snapshots[0].layer_jobs.num_jobs, snapshots[0].layer_jobs.num_groups) == (1, 3)
+
+
+def test_steps_with_groups_of_layers_teach_nothing_about_what_steps_cost() -> None:
+    loop = arriving_loop(overlap_steps=False, cohorts=True)
+    place_stages(loop, 2)
+    loop.core.step(0.0)
+    assert loop.policy.step_costs.predict(3) is None
+    loop.ask("a", [1, 2], max_tokens=1)
+    loop.core.step(0.0)
+    assert loop.policy.step_costs.predict(3) is not None
 
 
 @pytest.mark.parametrize("overlap_steps", [False, True])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from engine.commands import LoadAbandoned, LoadBroken, LoadPlaced
+from engine.commands import Command, LoadAbandoned, LoadBroken, LoadPlaced, StagesPlaced
 from ipc.messages import LoadId
 from tests.engine.placer_rig import (
     CHUNK_BYTES,
@@ -34,6 +34,16 @@ def rig() -> Iterator[Rig]:
 @pytest.fixture
 def watched() -> Iterator[WatchedRig]:
     made = WatchedRig(num_chunks=3, pool_bytes=64 * 1024, device=WatchedDevice())
+    made.start()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def reporting() -> Iterator[WatchedRig]:
+    made = WatchedRig(
+        num_chunks=3, pool_bytes=64 * 1024, device=WatchedDevice(), reports_stages=True
+    )
     made.start()
     yield made
     made.close()
@@ -206,6 +216,75 @@ def test_a_load_is_given_up_after_its_loader_has_hung_up(rig: Rig) -> None:
     rig.loader.close()
     rig.placer.abandon(LoadId(1))
     rig.wait_for(LoadAbandoned(LoadId(1)))
+
+
+def test_each_chunk_that_completes_stages_is_reported_and_the_last_one_as_the_load(
+    reporting: WatchedRig,
+) -> None:
+    layout = layout_of_rank(8, "q_proj")
+    assert layout.stage_bytes == (0, 1280, 1280, 1280, 0)
+    image = image_of(layout, 1)
+    reporting.begin(1, layout, extents_from(60_000, layout))
+    # It ends within the first layer, at its end, within the third, at the end of all.
+    for start, end in ((0, 1000), (1000, 1280), (1280, 2280), (2280, 3280), (3280, 3840)):
+        reporting.loader.send(1, image, start, end - start)
+        reporting.loader.wait_until_all_are_free()
+    reporting.wait_for(LoadPlaced(LoadId(1)))
+    # Stage 0, which is empty, comes first and counts.
+    assert reporting.commands == [
+        StagesPlaced(LoadId(1), 1),
+        StagesPlaced(LoadId(1), 2),
+        StagesPlaced(LoadId(1), 3),
+        LoadPlaced(LoadId(1)),
+    ]
+
+
+def test_stages_are_reported_only_when_their_copies_are_over(reporting: WatchedRig) -> None:
+    layout = layout_of_rank(3, "q_proj")
+    assert layout.stage_bytes[1] > CHUNK_BYTES
+    image = image_of(layout, 1)
+    reporting.begin(1, layout, extents_from(60_000, layout))
+    with reporting.copy_under_way(1, image):
+        assert reporting.commands == []
+    reporting.wait_for(StagesPlaced(LoadId(1), 1))
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_a_stage_that_was_reported_lies_in_its_extent(rank: int, reporting: WatchedRig) -> None:
+    layout = layout_of_rank(rank, "q_proj", "down_proj")
+    extents, image = extents_from(60_000, layout), image_of(layout, 1)
+    seen: list[bytes] = []
+
+    def look(command: Command) -> None:
+        if isinstance(command, StagesPlaced):
+            seen.append(reporting.slot(layout, extents)[: layout.stages[command.num_stages].offset])
+
+    reporting.at_post = look
+    reporting.begin(1, layout, extents)
+    reporting.loader.send_all(1, image)
+    reporting.wait_for(LoadPlaced(LoadId(1)))
+    assert len(seen) >= 3
+    assert all(image.startswith(placed) for placed in seen)
+
+
+def test_a_load_that_was_given_up_reports_no_stage(reporting: WatchedRig) -> None:
+    layout = layout_of_rank(8, "q_proj")
+    image = image_of(layout, 1)
+    reporting.begin(1, layout, extents_from(60_000, layout))
+    reporting.loader.send(1, image, 0)
+    reporting.placer.abandon(LoadId(1))
+    reporting.wait_for(LoadAbandoned(LoadId(1)))
+    reporting.loader.send(1, image, CHUNK_BYTES)
+    reporting.loader.wait_until_all_are_free()
+    assert reporting.commands[-1] == LoadAbandoned(LoadId(1))
+
+
+def test_nobody_hears_of_stages_who_did_not_ask(rig: Rig) -> None:
+    layout = layout_of_rank(8, "q_proj")
+    rig.begin(1, layout, extents_from(60_000, layout))
+    rig.loader.send_all(1, image_of(layout, 1))
+    rig.wait_for(LoadPlaced(LoadId(1)))
+    assert rig.commands == [LoadPlaced(LoadId(1))]
 
 
 @pytest.mark.gpu

@@ -133,3 +133,60 @@ def test_a_slot_that_was_given_up_half_way_is_filled_whole_by_the_same_adapter(
     pool.loader.send_all(pool.loads[x], pool.images[x])
     pool.hear_placed(x)
     assert pool.launch(x).seen() == pool.images[x]
+
+
+def send_layers(pool: PoisonedPool, adapter_id: AdapterId, num_layers: int) -> int:
+    """Sends chunks until so many layers are complete; returns how far they reach."""
+    end = len(pool.image_of_layers(adapter_id, num_layers))
+    offset = 0
+    while offset < end:
+        pool.loader.send(pool.loads[adapter_id], pool.images[adapter_id], offset)
+        offset += CHUNK_BYTES
+    return offset
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_group_of_layers_reads_them_while_the_others_are_on_their_way(
+    num_layers: int, make_pool: MakePool
+) -> None:
+    pool = make_pool(1)
+    x, y = pool.register(1), pool.register(2)
+    load(pool, x)
+    pool.launch(x).seen()
+    slow = pool.launch(x)
+    pool.want(y)
+    sent = send_layers(pool, y, num_layers)
+    assert sent < pool.layout.num_bytes, "all of it was sent: nothing is tested"
+    pool.hear_layers(y, num_layers)
+    group = pool.launch(y, num_layers)
+    pool.loader.send_all(pool.loads[y], pool.images[y], sent)
+    pool.hear_placed(y)
+    after = pool.launch(y)
+    assert slow.seen() == pool.images[x]
+    assert group.seen() == pool.image_of_layers(y, num_layers)
+    assert after.seen() == pool.images[y]
+
+
+def test_a_group_of_a_load_that_was_given_up_still_reads_its_own_layers(
+    make_pool: MakePool,
+) -> None:
+    pool = make_pool(1)
+    x, y = pool.register(1), pool.register(2)
+    pool.want(x)
+    extents = pool.extents(x)
+    send_layers(pool, x, 2)
+    pool.hear_layers(x, 2)
+    # The first step loads what a GPU runs, and waits for the device meanwhile.
+    assert pool.launch(x, 1).seen() == pool.image_of_layers(x, 1)
+    group = pool.launch(x, 2)
+    pool.remove(x)
+    pool.hear_abandoned(x)
+    pool.want(y)
+    assert pool.extents(y) == extents
+    assert not group.is_over, "the step was not slow: nothing is tested"
+    pool.loader.send_all(pool.loads[y], pool.images[y])
+    pool.hear_placed(y)
+    assert group.seen() == pool.image_of_layers(x, 2)
+    assert pool.launch(y).seen() == pool.images[y]
+    with pytest.raises(KeyError):
+        pool.launch(x, 1)

@@ -30,7 +30,7 @@ def test_a_thousand_more_machines_misbehave(
 def simulate(case: int, overlap: bool, adapter_loading: AdapterLoading, seed: int) -> None:
     """Four hundred steps of arrivals, cancellations, registrations, hints and dying loaders."""
     rng = random.Random(f"{seed}-{case}")
-    overlaps_loads = adapter_loading is AdapterLoading.OVERLAP
+    overlaps_loads = adapter_loading is not AdapterLoading.BLOCKING
     cohorts = overlaps_loads and case % 2 == 1
     simulation = Simulation(rng, overlap, adapter_loading, cohorts)
     for _ in range(4):
@@ -58,5 +58,7 @@ def simulate(case: int, overlap: bool, adapter_loading: AdapterLoading, seed: in
         simulation.tick(cancels_while_running=rng.random() < 0.05)
     simulation.drain()
     assert bool(simulation.num_overlapped) == overlap
+    assert not simulation.num_groups or adapter_loading is AdapterLoading.LAYERWISE
+    assert simulation.policy.scheduler.layer_jobs.num_groups == simulation.num_groups
     waits = simulation.policy.scheduler.step_waits
     assert (waits.num_waits == 0, waits.seconds == 0.0) == (overlaps_loads, overlaps_loads)

@@ -315,6 +315,45 @@ def test_an_unwanted_load_of_a_removed_adapter_is_abandoned_and_then_forgotten()
     assert pool.pool.used_bytes == 0
 
 
+def test_an_adapter_comes_into_the_table_with_its_first_layer_and_only_once() -> None:
+    pool = Pool(1)
+    pool.meet(A)
+    pool.residency.stages_placed(LoadId(1), 1)
+    assert (pool.residency.take_actions(), pool.residency.num_placed_layers(A)) == ([], 0)
+    pool.residency.stages_placed(LoadId(1), 2)
+    (installed,) = pool.residency.take_actions()
+    assert isinstance(installed, InstallAdapter) and installed.adapter_id == A
+    for num_stages in (3, 4, 5):
+        pool.residency.stages_placed(LoadId(1), num_stages)
+        assert pool.residency.num_placed_layers(A) == 2
+    assert not pool.residency.is_resident(A)
+    pool.residency.load_placed(LoadId(1), 0.0)
+    assert pool.residency.take_actions() == []
+    assert pool.residency.num_placed_layers(A) == pool.residency.num_layers == 3
+
+
+def test_an_adapter_of_which_layers_were_there_leaves_the_table_with_its_load() -> None:
+    pool = Pool(1)
+    pool.meet(A)
+    pool.residency.stages_placed(LoadId(1), 3)
+    pool.residency.take_actions()
+    pool.residency.loader_lost()
+    assert pool.residency.take_actions() == [RemoveAdapter(A), AbandonLoad(LoadId(1))]
+    pool.residency.stages_placed(LoadId(1), 3)
+    assert (pool.residency.take_actions(), pool.residency.num_placed_layers(A)) == ([], 0)
+    pool.residency.load_abandoned(LoadId(1))
+    pool.residency.loader_connected()
+    assert _loads(pool.meet(A)) == [A]
+    assert pool.residency.num_placed_layers(A) == 0
+
+
+def test_an_evicted_adapter_has_no_layer_left() -> None:
+    pool = Pool(1)
+    pool.load(A)
+    assert _evicted(pool.meet(B)) == [A]
+    assert (pool.residency.num_placed_layers(A), pool.residency.num_placed_layers(B)) == (0, 0)
+
+
 def test_a_manifest_that_disagrees_with_the_engines_layout_is_a_defect() -> None:
     pool = Pool(1)
     wrong = msgspec.structs.replace(make_manifest(9), image_bytes=128)

@@ -3,9 +3,9 @@
 import math
 from itertools import pairwise
 
-from engine.adapter_actions import BeginLoad
-from engine.plan import LaunchedStep, SampledToken, ScheduledChunk, StepPlan
-from engine.step_trace import DeviceTimes, LoadNames, TracedRunner
+from engine.adapter_actions import BeginLoad, InstallAdapter
+from engine.plan import LaunchedStep, LayerGroup, SampledToken, ScheduledChunk, StepPlan
+from engine.step_trace import DeviceTimes, LoadNames, TracedGroups, TracedRunner, TracedSlots
 from ipc.image import layout_image
 from ipc.messages import AdapterId, AdapterSource, LoadId
 from ipc.trace import Flow
@@ -56,7 +56,7 @@ def plan_of(*starts: int, adapter_id: int | None = None) -> StepPlan:
 def test_steps_tell_their_kind_and_the_first_use_of_a_load() -> None:
     recorder, names = ListRecorder(), LoadNames()
     names.begin(begin_load(7, 1))
-    runner = TracedRunner(InstantRunner(), names, recorder, None)
+    runner = TracedRunner(InstantRunner(), names, recorder, None, DeviceTimes(recorder))
     for plan in (plan_of(0, adapter_id=1), plan_of(0, 3, adapter_id=1), plan_of(3, 4)):
         runner.launch(plan).wait()
     steps = [span for span in recorder.spans if span[0] == "forward stream"]
@@ -70,9 +70,9 @@ def test_device_times_keep_their_distances_and_wait_for_no_step() -> None:
     recorder = ListRecorder()
     times = DeviceTimes(recorder)
     late = Reached(27.0, done=False)
-    times.add(Reached(10.0), Reached(14.0), 1.0, {})
-    times.add(Reached(15.0), Reached(20.0), 1.001, {})
-    times.add(Reached(21.0), late, 1.002, {})
+    times.add_step(Reached(10.0), Reached(14.0), 1.0, {})
+    times.add_step(Reached(15.0), Reached(20.0), 1.001, {})
+    times.add_step(Reached(21.0), late, 1.002, {})
     times.record_done()
     spans = [(begin_s, end_s) for _, _, begin_s, end_s, _ in recorder.spans]
     expected = [(1.0, 1.004), (1.005, 1.010)]
@@ -81,3 +81,67 @@ def test_device_times_keep_their_distances_and_wait_for_no_step() -> None:
     late.done = True
     times.record_done()
     assert len(recorder.spans) == 3
+
+
+def test_a_group_of_layers_is_a_span_within_its_steps() -> None:
+    recorder, names = ListRecorder(), LoadNames()
+    names.begin(begin_load(7, 1))
+    groups = TracedGroups(names, recorder, None)
+    chunk = ScheduledChunk(make_sequence(1, [1, 2, 3], 1), 0, 3, True)
+
+    class RunnerOfGroups:
+        def launch(self, plan: StepPlan) -> LaunchedStep:
+            assert plan.layer_group is not None
+            with groups.around(plan.layer_group):
+                return InstantStep()
+
+    runner = TracedRunner(RunnerOfGroups(), names, recorder, None, groups.device_times)
+    runner.launch(StepPlan((), LayerGroup(chunk, range(2, 8), 32)))
+    (layers,) = (span for span in recorder.spans if span[0] == "forward stream, layers")
+    (step,) = (span for span in recorder.spans if span[0] == "forward stream")
+    assert (layers[1], layers[4]) == ("layers", {"adapter": "shout", "layers": "2-7", "tokens": 3})
+    assert step[4]["kind"] == "layers" and step[4]["first_uses"] == "shout"
+    assert step[2] <= layers[2] <= layers[3] <= step[3]
+    assert recorder.flows == [("step thread", "load", 7, Flow.END)]
+
+
+def test_a_group_lies_within_its_step_on_the_device_too() -> None:
+    recorder = ListRecorder()
+    times = DeviceTimes(recorder)
+    times.add_step(Reached(10.0), Reached(14.0), 1.0, {})
+    times.add_group(Reached(17.0), Reached(19.0), 1.001, {})
+    times.add_step(Reached(15.0), Reached(20.0), 1.001, {})
+    times.record_done()
+    spans = [(name, begin_s, end_s) for _, name, begin_s, end_s, _ in recorder.spans]
+    expected = [("step", 1.0, 1.004), ("layers", 1.007, 1.009), ("step", 1.005, 1.010)]
+    for span, (name, begin_s, end_s) in zip(spans, expected, strict=True):
+        assert span[0] == name
+        assert math.isclose(span[1], begin_s) and math.isclose(span[2], end_s)
+
+
+class NoSlots:
+    """Slots that nobody looks at."""
+
+    def begin(self, load: BeginLoad) -> None:
+        pass
+
+    def abandon(self, load_id: LoadId) -> None:
+        pass
+
+    def install(self, adapter: InstallAdapter) -> None:
+        pass
+
+    def remove(self, adapter_id: AdapterId) -> None:
+        pass
+
+
+def test_a_load_keeps_its_name_behind_its_first_layers() -> None:
+    names = LoadNames()
+    slots = TracedSlots(NoSlots(), names)
+    load = begin_load(7, 1)
+    slots.begin(load)
+    slots.install(InstallAdapter(AdapterId(1), make_manifest(1), load.layout, ()))
+    assert (names.name(LoadId(7)), names.adapter_name(AdapterId(1))) == ("shout", "shout")
+    slots.remove(AdapterId(1))
+    slots.abandon(LoadId(7))
+    assert (names.name(LoadId(7)), names.adapter_name(AdapterId(1))) == ("", "")

@@ -1,0 +1,97 @@
+"""Runs one chunk through the decoder group by group of layers, in launches of its own."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.attention import AttentionBackend, AttentionStep
+from engine.batch import FlatBatch, flatten, to_device
+from engine.device import Device
+from engine.lora.linear import LoraBackend
+from engine.models.decoder import Decoder
+from engine.plan import LayerGroup, ScheduledChunk, StepPlan
+
+AroundGroup = Callable[[LayerGroup], AbstractContextManager[object]]
+"""What is entered for the time of a group's launch."""
+
+
+def nothing_around(group: LayerGroup) -> AbstractContextManager[object]:
+    """Enters nothing."""
+    return nullcontext()
+
+
+@dataclass(slots=True)
+class _Progress:
+    """``hidden`` ``[num_tokens, hidden]`` in the model's dtype stands before ``next_layer``."""
+
+    chunk: ScheduledChunk
+    batch: FlatBatch
+    positions: Tensor
+    attention: AttentionStep
+    hidden: Tensor
+    next_layer: int = 0
+
+
+class LayerRunner:
+    """Takes one chunk at a time through the layers, however they are grouped, as one pass would.
+
+    Owns the hidden states of the chunk that is on its way, and gives them up with its last layer or
+    with the next chunk's first: at most what one step has. Everything it launches goes to the
+    forward stream, behind what that was given before. No event is needed: the bytes of a group's
+    layers were seen to be in place before it was planned.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        block_size: int,
+        attention: AttentionBackend,
+        lora: LoraBackend,
+        device: Device,
+        around: AroundGroup = nothing_around,
+    ) -> None:
+        self._decoder = decoder
+        self._block_size = block_size
+        self._attention = attention
+        self._lora = lora
+        self._device = device
+        self._around = around
+        self._progress: _Progress | None = None
+
+    def run(self, group: LayerGroup) -> Tensor | None:
+        """Logits ``[1, vocab]`` if the group is its chunk's last and the chunk samples, else None.
+
+        To be called within ``inference_mode`` and the forward stream.
+        """
+        with self._around(group):
+            return self._run(group)
+
+    def _run(self, group: LayerGroup) -> Tensor | None:
+        if group.layers.start == 0:
+            self._progress = self._begin(group.chunk)
+        progress = self._progress
+        assert progress is not None and progress.chunk is group.chunk, "a job's groups have gaps"
+        assert progress.next_layer == group.layers.start, (progress.next_layer, group.layers)
+        # Anew for each group: where the adapter stands in the pool's table is looked up here.
+        lora = self._lora.begin(progress.batch.segments)
+        progress.hidden = self._decoder.run_layers(
+            group.layers, progress.hidden, progress.positions, progress.attention, lora
+        )
+        progress.next_layer = group.layers.stop
+        if not group.is_last:
+            return None
+        self._progress = None
+        return self._decoder.logits(progress.hidden[-1:]) if group.chunk.samples else None
+
+    def _begin(self, chunk: ScheduledChunk) -> _Progress:
+        batch = flatten(StepPlan((chunk,)), self._block_size)
+        tensors = to_device(batch, self._device)
+        return _Progress(
+            chunk,
+            batch,
+            tensors.positions,
+            self._attention.begin(batch, tensors),
+            self._decoder.embed(tensors.token_ids),
+        )
