@@ -82,6 +82,7 @@ class Engine:
             SchedulerLimits(
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
+                chunked_prefill_size=config.chunked_prefill_size,
                 max_sequence_tokens=min(limits.max_model_len, limits.kv_tokens),
                 max_adapter_wait_s=config.max_adapter_wait_s,
                 eos_token_ids=frozenset(model.eos_token_ids),

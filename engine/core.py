@@ -8,8 +8,9 @@ first launches step n+1, then waits for step n, so that the device never waits f
 | n           | …, schedules and launches n+1, waits for n                       |
 | n+1         | completes and delivers n, carries out commands, schedules n+2, … |
 
-Between steps the thread carries out what other threads asked of it, so that all policy state has
-one owner and needs no lock.
+Between launches, and while it waits, the thread carries out what other threads asked of it, so
+that all policy state has one owner and needs no lock. Where it knows how long n+1 will take, it
+schedules n+2 only shortly before the end: see ``engine.step_pacer``.
 
 The life of a request here:
 
@@ -56,6 +57,7 @@ from engine.plan import LaunchedStep, SequenceProgress, StepPlan
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceId
+from engine.step_pacer import StepPacer
 from engine.validation import duplicate_request
 from ipc.errors import (
     Overloaded,
@@ -80,6 +82,8 @@ logger = logging.getLogger(__name__)
 # noticed, and costs nothing otherwise: a command wakes the thread at once.
 IDLE_WAIT_S = 0.25
 LEAST_WAIT_S = 0.0005
+# How often it looks whether a step of unknown length is done, while it listens for commands.
+POLL_S = 0.0003
 OVERLOADED_RETRY_S = 1.0
 
 
@@ -142,6 +146,9 @@ class EngineCore:
         # In the order of their launches.
         self._in_flight: deque[tuple[StepPlan, LaunchedStep, float]] = deque()
         self._completed_s = 0.0
+        self._pacer = StepPacer()
+        self._is_running = False
+        self._is_stopping = False
         self._max_waiting = max_waiting
         self._deliver = deliver
         self._send_to_loader = send_to_loader
@@ -164,9 +171,15 @@ class EngineCore:
 
     def run(self) -> None:
         """The thread's body. What it raises is a broken invariant and ends the process."""
+        self._is_running = True
         busy = False
-        while self._take_commands(wait=not busy):
-            busy = self.step(time.monotonic())
+        while not self._is_stopping:
+            if busy:
+                self._listen_until_launch()
+            else:
+                self._take_commands(self._idle_wait_s())
+            if not self._is_stopping:
+                busy = self.step(time.monotonic())
         self._complete_steps(num_left=0)
         self._flush()
 
@@ -177,12 +190,14 @@ class EngineCore:
         """
         if self._in_flight and self._scheduler.awaits_tokens:
             self._complete_steps(num_left=0)
+        begin_s = time.monotonic()
         plan = self._scheduler.schedule(now_s)
         self._carry_out_actions()
         if not plan.is_empty:
             launched_s = time.monotonic()
             self._in_flight.append((plan, self._runner.launch(plan), launched_s))
             self._scheduler.launched(plan)
+            self._pacer.launch_took(time.monotonic() - begin_s)
         busy = bool(self._in_flight)
         # With nothing new to run, only what is in flight can lead to something.
         self._complete_steps(num_left=1 if self._overlap_steps and not plan.is_empty else 0)
@@ -193,12 +208,14 @@ class EngineCore:
         """Waits for the oldest steps, until ``num_left`` are in flight."""
         while len(self._in_flight) > num_left:
             plan, step, launched_s = self._in_flight.popleft()
+            self._listen_until_done(step)
             sampled = step.wait()
             now_s = time.monotonic()
+            # The device began it when it was launched, or behind the step before.
+            seconds = now_s - max(launched_s, self._completed_s)
+            self._pacer.step_took(plan, seconds)
             if plan.layer_group is None:
-                # The device began it when it was launched, or behind the step before. A group of
-                # layers is no measure: it does not read all weights.
-                seconds = now_s - max(launched_s, self._completed_s)
+                # A group of layers is no measure: it does not read all weights.
                 self._scheduler.step_took(plan.num_tokens, seconds)
             self._completed_s = now_s
             for progress in self._scheduler.complete(plan, sampled):
@@ -207,18 +224,46 @@ class EngineCore:
 
     # --- Commands ---------------------------------------------------------------------------
 
-    def _take_commands(self, wait: bool) -> bool:
-        """Carries out what is in the queue, at first waiting for something; False at the end."""
-        timeout_s = self._idle_wait_s() if wait else 0.0
-        while True:
+    def _take_commands(self, timeout_s: float) -> bool:
+        """Carries out what is in the queue, at first waiting for something; whether there was."""
+        num_taken = 0
+        while not self._is_stopping:
             try:
                 command = self._commands.get(block=timeout_s > 0, timeout=timeout_s or None)
             except Empty:
-                return True
+                break
             if command is None:
-                return False
-            self.carry_out(command)
+                self._is_stopping = True
+            else:
+                self.carry_out(command)
+            num_taken += 1
             timeout_s = 0.0
+        return num_taken > 0
+
+    def _listen_until_launch(self) -> None:
+        """Carries out commands until the next step is to be launched; what loads can, begin."""
+        self._take_commands(0.0)
+        if len(self._in_flight) != 1:
+            return
+        plan, _, launched_s = self._in_flight[0]
+        due_s = self._pacer.next_launch_s(plan, max(launched_s, self._completed_s))
+        while due_s is not None and not self._is_stopping:
+            left_s = due_s - time.monotonic()
+            if left_s <= 0:
+                return
+            if self._take_commands(left_s):
+                self._begin_loads()
+
+    def _listen_until_done(self, step: LaunchedStep) -> None:
+        """The same until the step is done, unless its end is near."""
+        while self._is_running and not self._is_stopping and not step.is_done():
+            if self._take_commands(POLL_S):
+                self._begin_loads()
+
+    def _begin_loads(self) -> None:
+        """A load need not wait for a step to be scheduled."""
+        self._scheduler.meet_demand(time.monotonic())
+        self._carry_out_actions()
 
     def _idle_wait_s(self) -> float:
         """How long nothing but a command can bring something to run."""

@@ -48,6 +48,9 @@ class DrawnStep:
         self._drawn = None if drawn is None else _download(drawn, device)
         self._event: Event = device.record_forward_event()
 
+    def is_done(self) -> bool:
+        return self._event.query()
+
     def wait(self) -> list[SampledToken]:
         self._event.synchronize()
         return [] if self._drawn is None else _sampled_tokens(self._drawn)

@@ -94,6 +94,10 @@ class LaunchedStep(Protocol):
         """
         ...
 
+    def is_done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceProgress:

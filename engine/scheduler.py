@@ -7,6 +7,8 @@ A step takes, within ``max_num_batched_tokens``:
 3. waiting sequences whose adapter is wholly resident, in order of arrival, as long as there are
    KV blocks for all their tokens and one to spare for every running sequence.
 
+Beside decodes, prefills get ``chunked_prefill_size`` tokens at most: what they take, decodes wait.
+
 When a decode finds no block, the running sequence that arrived last goes back to waiting and is
 computed anew later; its place in the queue is still that of its arrival.
 
@@ -78,6 +80,7 @@ class SchedulerLimits:
     max_adapter_wait_s: float
     eos_token_ids: frozenset[int]
     adapter_loading: AdapterLoading
+    chunked_prefill_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -219,18 +222,24 @@ class Scheduler:
             self._end(sequence)
         return failed
 
+    def meet_demand(self, now_s: float) -> None:
+        """Begins the loads for which there is room now; part of every ``schedule``."""
+        self._demand.meet(self._waiting.adapters(), now_s)
+
     def schedule(self, now_s: float) -> StepPlan:
         """What the next step computes; empty if nothing can run, or if it waits for adapters.
 
         Loads that begin and evictions are among the residency's actions, to be carried out before
         the step is launched.
         """
-        self._demand.meet(self._waiting.adapters(), now_s)
+        self.meet_demand(now_s)
         self._layer_jobs.begin_step()
         chunks: list[ScheduledChunk] = []
         num_preemptions = self.stats.num_preemptions
         self._schedule_decodes(chunks)
         budget = self._limits.max_num_batched_tokens - len(chunks)
+        if chunks and self._limits.chunked_prefill_size is not None:
+            budget = min(budget, self._limits.chunked_prefill_size)
         for sequence in self._running:
             if not budget:
                 break

@@ -237,6 +237,9 @@ class _TracedStep:
         self._recorder = recorder
         self._device_times = device_times
 
+    def is_done(self) -> bool:
+        return self._step.is_done()
+
     def wait(self) -> list[SampledToken]:
         begin_s = time.monotonic()
         sampled = self._step.wait()

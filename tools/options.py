@@ -188,6 +188,14 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "Most tokens in one step; longer prompts are computed in pieces.",
         ),
         Option(
+            "--chunked-prefill-size",
+            EngineConfig,
+            "chunked_prefill_size",
+            parse_count,
+            "TOKENS",
+            "Most tokens of prompts in a step that others decode in: what it takes, they wait.",
+        ),
+        Option(
             "--max-waiting",
             EngineConfig,
             "max_waiting",

@@ -77,6 +77,7 @@ class Policy:
         block_size: int = 4,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 64,
+        chunked_prefill_size: int | None = None,
         max_sequence_tokens: int = 64,
         max_adapter_wait_s: float = 2.0,
         load_timeout_s: float = 60.0,
@@ -95,6 +96,7 @@ class Policy:
             max_adapter_wait_s,
             frozenset({EOS}),
             adapter_loading,
+            chunked_prefill_size,
         )
         self.step_costs = StepCosts()
         self.scheduler = Scheduler(

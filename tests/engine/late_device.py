@@ -71,6 +71,9 @@ class LateStep:
     chunks: list[LateChunk]
     drawn: list[int] = field(default_factory=list)
 
+    def is_done(self) -> bool:
+        return self.device.has_run(self.number)
+
     def wait(self) -> list[SampledToken]:
         self.device.run_up_to(self.number + 1)
         return [SampledToken(token_id, None) for token_id in self.drawn]
@@ -114,6 +117,9 @@ class LateDevice:
             step.drawn = [draw(key) for key in map(self._compute, step.chunks) if key is not None]
             self._last_drawn = step.drawn
             self.num_run += 1
+
+    def has_run(self, number: int) -> bool:
+        return number < self.num_run
 
     def _late(self, chunk: ScheduledChunk, group: LayerGroup | None = None) -> LateChunk:
         sequence = chunk.sequence

@@ -121,6 +121,9 @@ class _Watched:
         self._step = step
         self._events = events
 
+    def is_done(self) -> bool:
+        return self._step.is_done()
+
     def wait(self) -> list[SampledToken]:
         self._events.append(f"wait {self._step.number}")
         return self._step.wait()

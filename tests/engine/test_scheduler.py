@@ -62,6 +62,20 @@ def test_a_long_prompt_is_computed_in_chunks_and_only_the_last_one_samples() -> 
     assert shapes == [(0, 0, 10, False), (0, 10, 10, False), (0, 20, 5, True), (0, 25, 1, True)]
 
 
+def test_beside_decodes_prefills_get_a_smaller_share_of_the_step_and_alone_all_of_it() -> None:
+    policy = Policy(max_num_batched_tokens=12, chunked_prefill_size=4, max_num_seqs=4)
+    _add(policy, make_sequence(0, [1] * 20))
+    assert _shape(_launch(policy)) == [(0, 0, 12, False)]
+    policy = Policy(max_num_batched_tokens=12, chunked_prefill_size=4, max_num_seqs=4)
+    _add(policy, make_sequence(0, [1] * 3))
+    _step(policy)
+    _add(policy, make_sequence(1, [2] * 3), make_sequence(2, [3] * 9))
+    plan = _launch(policy)
+    assert _shape(plan) == [(0, 3, 1, True), (1, 0, 3, True), (2, 0, 1, False)]
+    _complete(policy, plan)
+    assert _shape(_launch(policy)) == [(0, 4, 1, True), (1, 3, 1, True), (2, 1, 4, False)]
+
+
 def test_decodes_come_first_then_running_prefills_then_waiting_ones() -> None:
     policy = Policy(max_num_batched_tokens=12, max_num_seqs=4)
     _add(policy, make_sequence(0, [1] * 3), make_sequence(1, [2] * 20), make_sequence(2, [3] * 9))

@@ -14,6 +14,9 @@ from tests.trace_events import ListRecorder
 
 
 class InstantStep:
+    def is_done(self) -> bool:
+        return True
+
     def wait(self) -> list[SampledToken]:
         return []
 

@@ -71,6 +71,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--seed", "7", 7),
     ("--max-num-seqs", "3", 3),
     ("--max-num-batched-tokens", "128", 128),
+    ("--chunked-prefill-size", "96", 96),
     ("--max-waiting", "9", 9),
     ("--block-size", "8", 8),
     ("--kv-cache-memory", "1GB", 10**9),

@@ -31,6 +31,7 @@ def build_policy(config: EngineConfig, compute: Compute) -> Policy:
         SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            chunked_prefill_size=config.chunked_prefill_size,
             max_sequence_tokens=min(compute.model.max_model_len, num_blocks * config.block_size),
             max_adapter_wait_s=config.max_adapter_wait_s,
             eos_token_ids=frozenset(),
