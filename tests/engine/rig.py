@@ -11,7 +11,7 @@ from engine.device import CudaDevice, Device
 from engine.kv_cache import KvCache
 from engine.lora.linear import ReferenceLora
 from engine.lora.pool import AdapterPool
-from engine.model_runner import ModelRunner
+from engine.model_runner import ModelRunner, StepGraphs
 from engine.models.config import read_model_config
 from engine.models.weights import load_model
 from engine.plan import LaunchedStep, SampledToken, ScheduledChunk, StepPlan
@@ -63,7 +63,13 @@ def _open_attention(cache: KvCache, device: Device, num_heads: int) -> Attention
 class Rig:
     """Cache and pool begin as NaN everywhere; blocks are handed out in a random order."""
 
-    def __init__(self, folder: Path, device: Device, dtype: DType = DType.FLOAT32) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: Device,
+        dtype: DType = DType.FLOAT32,
+        graphs: StepGraphs | None = None,
+    ) -> None:
         self.config = read_model_config(folder)
         self.base = self.config.base_model(dtype)
         cache = KvCache(self.config, NUM_BLOCKS, BLOCK_SIZE, dtype, device)
@@ -80,6 +86,7 @@ class Rig:
             Sampler(device, self.config.eos_token_ids),
             device,
             torch.zeros(NUM_BLOCKS, dtype=torch.int64, device=device.torch_device),
+            graphs,
         )
         self._blocks = list(range(NUM_BLOCKS))
         random.Random(5).shuffle(self._blocks)

@@ -4,7 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from engine.batch import FlatBatch
 from engine.config import DeviceKind
 from engine.device import open_device
 from engine.plan import LaunchedStep, SampledToken, ScheduledChunk, StepPlan
@@ -88,3 +91,42 @@ def test_overlapped_steps_draw_what_steps_one_by_one_draw(
         for number, token in wanted.items():
             assert got[number].token_id == token.token_id
             assert (got[number].logprobs is None) == (token.logprobs is None)
+
+
+class MarkedGraphs:
+    """Takes decodes, and answers each with a token that says where it was in the batch."""
+
+    def __init__(self) -> None:
+        self.num_rows: list[int] = []
+
+    def fits(self, batch: FlatBatch) -> bool:
+        return len(batch.token_ids) == len(batch.context_lens) == len(batch.sample_rows)
+
+    def replay(self, batch: FlatBatch) -> Tensor:
+        self.num_rows.append(len(batch.token_ids))
+        marks = torch.arange(VOCAB_SIZE - len(batch.sample_rows), VOCAB_SIZE)
+        return torch.nn.functional.one_hot(marks, VOCAB_SIZE).float()
+
+
+def test_graphs_take_the_decodes_of_a_step_that_has_prefills_as_well(tmp_path: Path) -> None:
+    Oracle("llama", tmp_path)
+    prompts = [[number + 3 * i for i in range(5)] for number in range(4)]
+    device = open_device(DeviceKind.CPU)
+    alone, graphs = Rig(tmp_path, device), MarkedGraphs()
+    rig = Rig(tmp_path, device, graphs=graphs)
+    expected = [alone.run((alone.sequence(list(prompt)), 5))[0] for prompt in prompts]
+
+    decodes = [rig.sequence([*prompt, 1]) for prompt in prompts[:2]]
+    rig.run(*((sequence, 5) for sequence in decodes))
+    part, *whole = (rig.sequence(list(prompt)) for prompt in prompts[1:])
+    chunks = [(each, 1) for each in decodes] + [(part, 3)] + [(each, 5) for each in whole]
+    drawn = rig.run(*chunks)
+    assert graphs.num_rows == [2]
+    assert [token.token_id for token in drawn] == [
+        VOCAB_SIZE - 2,
+        VOCAB_SIZE - 1,
+        *(token.token_id for token in expected[2:]),
+    ]
+    # What is left of it is a prefill, however short: none of it was drawn.
+    assert rig.run((part, 2))[0].token_id == expected[1].token_id
+    assert graphs.num_rows == [2]
