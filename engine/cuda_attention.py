@@ -1,4 +1,4 @@
-"""Attention on a GPU: prefills through torch's flash attention, decodes through our own kernel."""
+"""Attention on a GPU: one packed launch for a step's prefills, one for its decodes."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from engine.attention import AttentionStep, PagedAttention
 from engine.batch import DeviceBatch, FlatBatch
 from engine.cuda_ops import split_heads
 from engine.device import CudaDevice, Device
+from engine.kernels.causal_choice import CausalAttention, choose_causal
 from engine.kernels.causal_varlen import causal_varlen
 from engine.kernels.decode_workspace import DecodeWorkspace
 from engine.kernels.head_rotation import HeadRotation
@@ -49,13 +50,21 @@ class _Decodes:
 class CudaAttention:
     """One varlen call for the prefills of a step, one kernel for its decodes.
 
-    Flash attention takes no float32; steps with a prefill go to the reference path then.
+    ``causal`` computes the prefills. None takes float32; steps with a prefill go to the reference
+    path then.
     """
 
-    def __init__(self, cache: KvCache, device: Device, workspace: DecodeWorkspace) -> None:
+    def __init__(
+        self,
+        cache: KvCache,
+        device: Device,
+        workspace: DecodeWorkspace,
+        causal: CausalAttention = causal_varlen,
+    ) -> None:
         self._cache = cache
         self._device = device
         self._workspace = workspace
+        self._causal = causal
         self._reference = PagedAttention(cache, device)
 
     def begin(self, batch: FlatBatch, tensors: DeviceBatch) -> AttentionStep:
@@ -76,7 +85,7 @@ class CudaAttention:
                 int(batch.context_lens[chunks].max()),
                 rows,
             )
-        return _CudaStep(self._cache, self._workspace, tensors.slot_mapping, prefills, decodes)
+        return self._step(tensors, prefills, decodes)
 
     def begin_decode(self, tensors: DeviceBatch, max_context: int) -> AttentionStep:
         """A step of one token a row, in the rows' order; may be captured in a CUDA graph.
@@ -86,7 +95,14 @@ class CudaAttention:
         zeros.
         """
         decodes = _Decodes(tensors.block_tables, tensors.context_lens, max_context, None)
-        return _CudaStep(self._cache, self._workspace, tensors.slot_mapping, None, decodes)
+        return self._step(tensors, None, decodes)
+
+    def _step(
+        self, tensors: DeviceBatch, prefills: _Prefills | None, decodes: _Decodes | None
+    ) -> "_CudaStep":
+        return _CudaStep(
+            self._cache, self._workspace, self._causal, tensors.slot_mapping, prefills, decodes
+        )
 
     def _prefills(self, batch: FlatBatch, is_decode: npt.NDArray[np.bool_]) -> _Prefills:
         row_counts = batch.row_counts
@@ -117,15 +133,19 @@ class CudaAttention:
 
 
 def open_cuda_attention(cache: KvCache, device: CudaDevice, num_heads: int) -> CudaAttention:
-    """Attention over ``cache``, with a workspace of its own for the forward stream."""
+    """Attention over ``cache``, with a workspace of its own for the forward stream.
+
+    The kernel for prefills is chosen, and compiled, here.
+    """
     num_kv_heads, head_dim = cache.keys[0].shape[2:]
     on = device.torch_device
     processors = torch.cuda.get_device_properties(on).multi_processor_count
     overlaps = may_overlap(on)
     workspace = DecodeWorkspace(num_heads, num_kv_heads, head_dim, processors, on, overlaps)
+    causal = choose_causal(on, cache.keys[0].dtype, num_heads, num_kv_heads, head_dim)
     # The forward stream does not wait for the one that the workspace was filled on.
     device.synchronize()
-    return CudaAttention(cache, device, workspace)
+    return CudaAttention(cache, device, workspace, causal)
 
 
 class _CudaStep:
@@ -133,12 +153,14 @@ class _CudaStep:
         self,
         cache: KvCache,
         workspace: DecodeWorkspace,
+        causal: CausalAttention,
         slot_mapping: Tensor,
         prefills: _Prefills | None,
         decodes: _Decodes | None,
     ) -> None:
         self._cache = cache
         self._workspace = workspace
+        self._causal = causal
         self._slot_mapping = slot_mapping
         self._prefills = prefills
         self._decodes = decodes
@@ -204,7 +226,7 @@ class _CudaStep:
         if prefills.slots is not None:
             key = self._cache.keys_by_slot[layer].index_select(0, prefills.slots)
             value = self._cache.values_by_slot[layer].index_select(0, prefills.slots)
-        return causal_varlen(
+        return self._causal(
             query,
             key,
             value,

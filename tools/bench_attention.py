@@ -6,7 +6,9 @@ be read and written once; the rate is over that of a large device copy taken in 
 decode rotates and stores its new tokens as well. Where the GPU lets a launch begin before the one
 before it has ended, everything is measured with that and, for comparison, without.
 
-    python -m tools.bench_attention --out attention.json [--sweep]
+Prefills are set against a large matrix product, see ``tools.prefill_attention``.
+
+    python -m tools.bench_attention --out attention.json [--sweep | --prefill | --sweep-prefill]
 """
 
 import argparse
@@ -23,7 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
-from engine.kernels.causal_varlen import causal_varlen
+from engine.kernels.causal_hopper import CausalTuning
 from engine.kernels.decode_workspace import DecodeTuning, DecodeWorkspace
 from engine.kernels.head_rotation import HeadRotation
 from engine.kernels.overlap import may_overlap
@@ -31,6 +33,7 @@ from engine.kernels.paged_decode import paged_decode
 from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.rope_kv import rope_kv
 from engine.kernels.silu_mul import silu_mul
+from tools.prefill_attention import CANDIDATES, measure_prefills, print_prefills
 
 _NUM_LAYERS = 32
 _NUM_HEADS = 32
@@ -45,7 +48,6 @@ _KV_VALUES_PER_TOKEN = 2 * _NUM_KV_HEADS * _HEAD_DIM
 _BATCHES = (1, 8, 32)
 _CONTEXTS = (128, 2048, 8192)
 _NUM_TOKENS = (1, 32, 16384)
-_PREFILL = (8, 2048)
 
 # Layers share memory where all of them together would take more than this.
 _POOL_BYTES = 8 << 30
@@ -217,28 +219,6 @@ def fused_kernels(
     }
 
 
-def measure_prefill(clock: Clock) -> dict[str, Any]:
-    """The varlen attention of torch on whole prompts, heads laid out as the engine has them."""
-    num_sequences, length = _PREFILL
-    num_tokens = num_sequences * length
-    heads = torch.randn(num_tokens, _NUM_HEADS + 2 * _NUM_KV_HEADS, _HEAD_DIM, device="cuda")
-    query, key, value = heads.to(_DTYPE).split_with_sizes(
-        (_NUM_HEADS, _NUM_KV_HEADS, _NUM_KV_HEADS), dim=1
-    )
-    starts = torch.arange(0, num_tokens + 1, length, dtype=torch.int32, device="cuda")
-    seconds = clock.seconds(
-        lambda: causal_varlen(query, key, value, starts, starts, length, length)
-    )
-    # Two products over half of all pairs.
-    flops = 2 * num_sequences * length**2 * _NUM_HEADS * _HEAD_DIM
-    return {
-        "num_sequences": num_sequences,
-        "length": length,
-        "us_a_layer": seconds * 1e6,
-        "tflops_per_s": flops / seconds / 1e12,
-    }
-
-
 def measure_decodes(bench: DecodeBench, copy_bytes_per_s: float) -> list[dict[str, Any]]:
     results = []
     for batch, context in itertools.product(_BATCHES, _CONTEXTS):
@@ -318,9 +298,7 @@ def print_table(report: dict[str, Any]) -> None:
         print(_table_row(name, row))
     for row in report["fused"]:
         print(_table_row(f"{row['kernel']} {row['num_tokens']}{_mode(row)}", row))
-    prefill = report["prefill"]
-    name = f"prefill {prefill['num_sequences']} x {prefill['length']}"
-    print(f"{name:<34} {prefill['us_a_layer']:>10.1f} {prefill['tflops_per_s']:>6.0f} TFLOP/s")
+    print_prefills(report["prefill"])
 
 
 def _mode(row: dict[str, Any]) -> str:
@@ -336,26 +314,35 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="bench_attention")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--sweep", action="store_true", help="try all tunings of the decode")
+    parser.add_argument("--prefill", action="store_true", help="measure prefills only")
+    parser.add_argument(
+        "--sweep-prefill", action="store_true", help="try all tunings of the prefill"
+    )
     options = parser.parse_args(arguments)
     clock = Clock()
-    bench = DecodeBench(clock)
     empty_kernel = triton.jit(_nothing)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
-    if options.sweep:
-        report["sweep"] = sweep(bench)
+    if options.prefill or options.sweep_prefill:
+        tunings = CANDIDATES if options.sweep_prefill else (CausalTuning(),)
+        report["prefill"] = measure_prefills(clock.seconds, tunings)
+    elif options.sweep:
+        report["sweep"] = sweep(DecodeBench(clock))
     else:
+        bench = DecodeBench(clock)
         copy = clock.copy_bytes_per_s()
         report["copy_bytes_per_s"] = copy
         report["us_an_empty_node"] = 1e6 * clock.seconds_a_layer(lambda _: empty_kernel[(1,)]())
         report["decode"] = measure_decodes(bench, copy)
         report["fused"] = measure_fused(clock, copy)
-        report["prefill"] = measure_prefill(clock)
+        report["prefill"] = measure_prefills(clock.seconds, (CausalTuning(),))
     options.out.write_text(json.dumps(report, indent=1))
-    if options.sweep:
+    if options.prefill or options.sweep_prefill:
+        print_prefills(report["prefill"])
+    elif options.sweep:
         print_sweep(report["sweep"])
     else:
         print_table(report)

@@ -2,12 +2,13 @@
 
     python -m tests.engine.kernels.ptx FOLDER
 
-leaves one ``.ptx`` a kernel in FOLDER, for launches that may overlap.
+leaves one ``.ptx`` a kernel in FOLDER, for launches that may overlap where they can.
 """
 
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from engine.kernels.causal_hopper import HEAD_DIMS, CausalTuning, causal_hopper
 from engine.kernels.decode_workspace import DecodeWorkspace
 from engine.kernels.head_rotation import HeadRotation
 from engine.kernels.paged_decode import paged_decode
@@ -146,6 +148,14 @@ def launches() -> dict[str, Callable[[], object]]:
     }
 
 
+def prefill(head_dim: int) -> None:
+    """Launches the attention of prefills for an 8B model's number of heads."""
+    rows = torch.zeros(_NUM_ROWS, 48, head_dim, dtype=torch.bfloat16)
+    query, key, value = rows.split_with_sizes((32, 8, 8), dim=1)
+    starts = torch.tensor([0, _NUM_ROWS], dtype=torch.int32)
+    causal_hopper(query, key, value, starts, starts, CausalTuning())
+
+
 def hasty_instructions(ptx: str) -> list[str]:
     """Writes to global memory and ends of a program that some path reaches before it has waited."""
     body = ptx[ptx.index(".entry") :]
@@ -173,5 +183,6 @@ def hasty_instructions(ptx: str) -> list[str]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for name, launch in launches().items():
+    lone = {f"causal_hopper_{size}": partial(prefill, size) for size in HEAD_DIMS}
+    for name, launch in (launches() | lone).items():
         (folder / f"{name}.ptx").write_text(compiled(launch))

@@ -12,6 +12,7 @@ from engine.batch import FlatBatch, flatten, to_device
 from engine.cuda_attention import CudaAttention
 from engine.cuda_ops import FusedOps
 from engine.device import CpuDevice, CudaDevice, Device
+from engine.kernels.causal_choice import choose_causal
 from engine.kernels.decode_workspace import DecodeTuning, DecodeWorkspace
 from engine.kernels.overlap import may_overlap
 from engine.kv_cache import KvCache
@@ -70,7 +71,8 @@ def cuda_attention(cache: KvCache, num_heads: int, on: Device) -> CudaAttention:
     workspace = DecodeWorkspace(
         num_heads, num_kv_heads, head_dim, 8, device, may_overlap(device), tuning
     )
-    return CudaAttention(cache, on, workspace)
+    causal = choose_causal(device, cache.keys[0].dtype, num_heads, num_kv_heads, head_dim)
+    return CudaAttention(cache, on, workspace, causal)
 
 
 def make_batch(chunks: list[tuple[int, int]]) -> FlatBatch:

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from triton.backends.nvidia.compiler import get_ptxas
 
+from engine.kernels.causal_hopper import HEAD_DIMS
 from tests.engine.kernels.ptx import hasty_instructions, launches
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,6 +47,24 @@ def test_every_path_waits_before_it_writes_or_ends(name: str, folder: Path) -> N
 def test_adapters_of_several_rows_stream_through_shared_memory(folder: Path) -> None:
     # Without what the compiler must know of the addresses, it would wait for every load.
     assert "cp.async.cg.shared.global" in (folder / "shrink_few.ptx").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_prefills_keep_the_tensor_cores_fed(head_dim: int, folder: Path) -> None:
+    ptx = folder / f"causal_hopper_{head_dim}.ptx"
+    text = ptx.read_text()
+    assert "wgmma.mma_async" in text and "cp.async.bulk.tensor" in text
+    told = assembler_messages(ptx)
+    assert "0 bytes spill stores" in told
+    # Where it finds that registers of a product in flight are touched, each is waited for.
+    assert "serialized" not in told
+
+
+def assembler_messages(ptx: Path) -> str:
+    command = [get_ptxas(90).path, "--verbose", "--gpu-name=sm_90a", str(ptx)]
+    command += ["--output-file", str(ptx.with_suffix(".cubin"))]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def test_a_write_or_an_end_before_the_wait_is_found() -> None:
