@@ -52,6 +52,26 @@ class Scrape(Collector):
             "Prompt tokens found in the prefix cache.",
             stats.cached_prompt_tokens_total,
         )
+        yield gauge(
+            "sidestream:num_requests_paused",
+            "Of those in the queue: begun, and waiting for their adapter's next turn.",
+            stats.num_paused,
+        )
+        yield counter(
+            "sidestream:adapter_pauses",
+            "Requests paused so that others' adapters got a slot.",
+            stats.pauses_total,
+        )
+        yield counter(
+            "sidestream:adapter_pauses_dropped",
+            "Of those: whose KV blocks were needed, so that they are computed anew.",
+            stats.dropped_pauses_total,
+        )
+        yield gauge(
+            "sidestream:longest_adapter_pause_seconds",
+            "The longest pause after which a request went on.",
+            stats.longest_pause_s,
+        )
         yield self._load_seconds(stats)
         yield gauge(
             "sidestream:num_requests_waiting_for_adapter",

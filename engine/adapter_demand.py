@@ -39,6 +39,11 @@ class AdapterDemand:
         """Since when it has been waited for and found no room; None if it is not."""
         return self._blocked_since_s.get(adapter_id)
 
+    @property
+    def longest_blocked_since_s(self) -> float | None:
+        """Since when the adapter has been that found no room for the longest; None if all did."""
+        return min(self._blocked_since_s.values(), default=None)
+
     def meet(self, order: tuple[AdapterId, ...], now_s: float) -> None:
         """Begins every load that there is room for, in the strict order of the queue.
 
@@ -58,19 +63,23 @@ class AdapterDemand:
         self._loader_away_since_s = None
         if self._seen == self._see(order):
             return
-        blocked = self._begin_loads(order, now_s)
+        blocked, num_refused = self._begin_loads(order, now_s)
         self._warm_up(blocked)
         before = self._blocked_since_s
         self._blocked_since_s = {adapter: before.get(adapter, now_s) for adapter in blocked}
-        self._seen = self._see(order)
+        # Who is refused is gone by the next call, but another may have come with the same adapter.
+        self._seen = None if num_refused else self._see(order)
 
     def _see(self, order: tuple[AdapterId, ...]) -> _Seen:
         residency = self._residency
         return order, self._slots.version, residency.hints_version, residency.num_loaders
 
-    def _begin_loads(self, order: tuple[AdapterId, ...], now_s: float) -> list[AdapterId]:
-        """Returns those that found no room, in order."""
+    def _begin_loads(
+        self, order: tuple[AdapterId, ...], now_s: float
+    ) -> tuple[list[AdapterId], int]:
+        """Returns those that found no room, in order, and how many were refused."""
         blocked: list[AdapterId] = []
+        num_refused = 0
         position = {adapter_id: index for index, adapter_id in enumerate(order)}
         for adapter_id in order:
             adapter = self._residency.adapter(adapter_id)
@@ -83,6 +92,7 @@ class AdapterDemand:
                 self._residency.begin_load(adapter, now_s)
             elif self._slots.is_in_vain(adapter):
                 self._residency.fail_requests(adapter, _no_room_beside_pinned(adapter))
+                num_refused += 1
             else:
                 blocked.append(adapter_id)
         for adapter in self._residency.preloads():
@@ -90,7 +100,7 @@ class AdapterDemand:
                 self._residency.begin_load(adapter, now_s)
         if not blocked and not self._residency.preloads():
             self._begin_hinted_load(now_s)
-        return blocked
+        return blocked, num_refused
 
     def _begin_hinted_load(self, now_s: float) -> None:
         """Takes room that is free, while nothing is being loaded.

@@ -154,13 +154,17 @@ class AdapterSlots:
         least recently used first; then those that only later ones wait for, the latest first. An
         adapter that nobody waits for itself (a pinned one) stands behind everyone who is.
         """
-        place = position.get(adapter.adapter_id, len(position))
-        unwanted = [idle for idle in self._idle.values() if idle.adapter_id not in position]
-        later = [idle for idle in self._idle.values() if position.get(idle.adapter_id, -1) > place]
-        later.sort(key=lambda idle: position[idle.adapter_id], reverse=True)
-        victims = unwanted + later
+        victims = self._evictable(adapter, position)
         gain = sum(victim.num_slot_bytes for victim in victims)
         return victims if self._pool.free_bytes + gain >= adapter.num_slot_bytes else []
+
+    def missing_bytes(self, adapter: PooledAdapter, position: Mapping[AdapterId, int]) -> int:
+        """Bytes that ``adapter`` would still lack if all were evicted that may be for it.
+
+        ``position`` as for ``victims``. Zero, if the holes were too short at most.
+        """
+        gain = sum(victim.num_slot_bytes for victim in self._evictable(adapter, position))
+        return max(0, adapter.num_slot_bytes - self._pool.free_bytes - gain)
 
     def is_in_vain(self, adapter: PooledAdapter) -> bool:
         """Whether an adapter that found no room waits for something that will not come.
@@ -182,3 +186,12 @@ class AdapterSlots:
         owned = sum(owner.num_slot_bytes for owner in self._owners.values())
         if owned != self._pool.used_bytes:
             raise Internal(f"slots of {owned} bytes have owners, {self._pool.used_bytes} are used")
+
+    def _evictable(
+        self, adapter: PooledAdapter, position: Mapping[AdapterId, int]
+    ) -> list[PooledAdapter]:
+        place = position.get(adapter.adapter_id, len(position))
+        unwanted = [idle for idle in self._idle.values() if idle.adapter_id not in position]
+        later = [idle for idle in self._idle.values() if position.get(idle.adapter_id, -1) > place]
+        later.sort(key=lambda idle: position[idle.adapter_id], reverse=True)
+        return unwanted + later

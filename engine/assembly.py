@@ -25,6 +25,7 @@ from engine.lora.slots import PoolSlots
 from engine.registry import CatalogFile, Registry
 from engine.residency import AdapterResidency
 from engine.ring import open_ring
+from engine.rotation import Rotation
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.server import EngineServer
 from engine.slot_allocator import SlotAllocator
@@ -78,6 +79,9 @@ class Engine:
         cohorts = None
         if config.adapter_cohorts:
             cohorts = Cohorts(StepCosts(), config.max_num_batched_tokens, config.max_num_seqs)
+        rotation = None
+        if config.adapter_rotation:
+            rotation = Rotation(residency, slots, least_turn_s=config.max_adapter_wait_s)
         scheduler = Scheduler(
             SchedulerLimits(
                 max_num_seqs=config.max_num_seqs,
@@ -92,6 +96,7 @@ class Engine:
             residency,
             demand,
             cohorts,
+            rotation,
         )
 
         crossings = Crossings()

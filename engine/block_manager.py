@@ -95,6 +95,11 @@ class BlockManager:
             sequence.block_table.append(self._take_free())
         return True
 
+    def can_extend(self, sequence: Sequence, num_spare: int) -> bool:
+        """Whether ``extend`` would succeed, and leave ``num_spare`` blocks free."""
+        num_missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        return max(num_missing, 0) + num_spare <= self.num_free
+
     def publish(self, sequence: Sequence, start: int, end: int) -> None:
         """Lets others find the blocks that became full as tokens ``[start, end)`` were computed.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.layer_jobs import LayerJobStats
+from engine.paused_sequences import RotationStats
 from engine.residency import ResidencyStats
 from engine.scheduler import SchedulerStats
 from engine.step_wait import StepWaitStats
@@ -128,6 +129,8 @@ class Snapshot:
     num_steps: int
     kv_blocks_used: int
     scheduler: SchedulerStats
+    num_paused: int
+    rotation: RotationStats
     step_waits: StepWaitStats
     layer_jobs: LayerJobStats
     adapters_resident: int

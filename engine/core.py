@@ -359,6 +359,8 @@ class EngineCore:
             num_steps=self._num_steps,
             kv_blocks_used=self._blocks.num_used,
             scheduler=replace(self._scheduler.stats),
+            num_paused=self._scheduler.num_paused,
+            rotation=replace(self._scheduler.rotation_stats),
             step_waits=replace(self._scheduler.step_waits),
             layer_jobs=replace(self._scheduler.layer_jobs),
             adapters_resident=self._residency.num_resident,

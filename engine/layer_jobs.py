@@ -153,8 +153,11 @@ class LayerJobs:
             for adapter in arriving
             if waiting.num_waiting(adapter.adapter_id)
         )
-        candidates = filter(may_begin, firsts)
-        sequence = min(candidates, key=lambda each: each.sequence_id, default=None)
+        # Who is paused has been through all layers, and keeps what came of it.
+        candidates = (
+            each for each in firsts if each.state is SequenceState.WAITING and may_begin(each)
+        )
+        sequence = min(candidates, key=lambda each: each.place, default=None)
         if sequence is None or not self._blocks.admit(sequence, num_spare=num_running):
             return
         assert sequence.adapter_id is not None

@@ -10,14 +10,16 @@ A step takes, within ``max_num_batched_tokens``:
 Beside decodes, prefills get ``chunked_prefill_size`` tokens at most: what they take, decodes wait.
 
 When a decode finds no block, the running sequence that arrived last goes back to waiting and is
-computed anew later; its place in the queue is still that of its arrival.
+computed anew later; its place in the queue is still the one that it had.
 
 Where cohorts are wanted, sequences that could begin with their adapter are held back for others
 whose adapters are about to arrive, if that makes the sum of their waits shorter.
 
 Else no sequence waits for another one's adapter, but for this: once a sequence has waited for a
 slot longer than ``max_adapter_wait_s``, no later one is admitted with an unpinned adapter, so that
-the slots fall idle and one of them becomes free. Sequences of the base model go on.
+the slots fall idle and one of them becomes free. Sequences of the base model go on. Where adapters
+rotate (see ``engine.rotation``), later ones may still join an adapter's turn, and turns that have
+lasted are ended: their sequences are paused, and wait at the end of the line with their blocks.
 
 With ``--adapter-loading blocking`` they do wait: see ``engine.step_wait``. A step that waits is
 planned anew until it may go. What it has admitted by then runs, without having been in a step;
@@ -31,18 +33,19 @@ tokens n draws. A sequence whose newest token is *pending* is scheduled like any
 ends by its length, which is known in advance, it is left out. If n turns out to end it, what n+1
 computes for it is dropped.
 
-Whatever ends or is preempted gives its blocks and its adapter back at once, although a step in
-flight may still read and write there. That is safe because of these four:
+Whatever ends, is preempted or paused gives its blocks (a paused one when others need them) and its
+adapter back at once, although a step in flight may still read and write there. That is safe because
+of these four:
 
 - Steps run in the order of their launches. A block's next owner writes a place before it reads it,
   in steps launched later: what a late write left there is overwritten first.
 - A step writes only into blocks that its sequence alone holds and that are not published. A block
-  is published when the step that filled it is complete, if its sequence still runs: what that one
-  has in flight lies behind the block. What an ended one has in flight goes into blocks that were
-  not published; who gets them next can publish them only after a later step. So no write in flight
-  reaches a block that anybody finds.
-- A preempted sequence still takes the token that it has in flight, drawn from blocks that nobody
-  could overwrite before; it is admitted again only when none of its tokens is pending.
+  is published when the step that filled it is complete, if its sequence still holds it: what that
+  one has in flight lies behind the block. What an ended one has in flight goes into blocks that
+  were not published; who gets them next can publish them only after a later step. So no write in
+  flight reaches a block that anybody finds.
+- A preempted or paused sequence still takes the token that it has in flight, drawn from blocks that
+  nobody could overwrite before; it is admitted again only when none of its tokens is pending.
 - An adapter's slot is written only behind all steps launched before it was given away.
 """
 
@@ -55,8 +58,10 @@ from engine.block_manager import BlockManager
 from engine.cohorts import Cohorts
 from engine.config import AdapterLoading
 from engine.layer_jobs import LayerJobs, LayerJobStats
+from engine.paused_sequences import PausedSequences, RotationStats
 from engine.plan import SampledToken, ScheduledChunk, SequenceProgress, StepPlan
 from engine.residency import AdapterResidency
+from engine.rotation import Rotation
 from engine.sequence import Sequence, SequenceId, SequenceState
 from engine.step_wait import StepWait, StepWaitStats
 from engine.waiting_queue import WaitingQueue
@@ -120,8 +125,9 @@ class Scheduler:
         residency: AdapterResidency,
         demand: AdapterDemand,
         cohorts: Cohorts | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
-        """``cohorts`` None: nobody is held back for others.
+        """``cohorts`` None: nobody is held back for others; ``rotation`` None: nobody is paused.
 
         Raises:
             InvalidRequest: cohorts, although no step goes on while adapters arrive.
@@ -137,6 +143,8 @@ class Scheduler:
         self._residency = residency
         self._demand = demand
         self._cohorts = cohorts
+        self._rotation = rotation
+        self._paused = PausedSequences(blocks)
         self._held_until_s: float | None = None
         self._waiting = WaitingQueue()
         self._step_wait = StepWait(limits.adapter_loading)
@@ -152,7 +160,16 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
+        """Those that are paused among them."""
         return len(self._waiting)
+
+    @property
+    def num_paused(self) -> int:
+        return len(self._paused)
+
+    @property
+    def rotation_stats(self) -> RotationStats:
+        return self._paused.stats
 
     @property
     def num_waiting_for_adapter(self) -> int:
@@ -219,6 +236,7 @@ class Scheduler:
         failed = self._waiting.remove_all(adapter_id)
         for sequence in failed:
             self._layer_jobs.drop(sequence)
+            self._paused.ended(sequence)
             self._end(sequence)
         return failed
 
@@ -233,6 +251,10 @@ class Scheduler:
         the step is launched.
         """
         self.meet_demand(now_s)
+        overdue = self._find_overdue(now_s)
+        if overdue is not None and self._rotate(now_s):
+            self.meet_demand(now_s)
+            overdue = self._find_overdue(now_s)
         self._layer_jobs.begin_step()
         chunks: list[ScheduledChunk] = []
         num_preemptions = self.stats.num_preemptions
@@ -250,7 +272,7 @@ class Scheduler:
         waits = False
         # What was just preempted would come straight back, and take the blocks it gave.
         if num_preemptions == self.stats.num_preemptions:
-            waits = self._admit(chunks, budget, now_s)
+            waits = self._admit(chunks, budget, overdue, now_s)
         self._step_wait.update(waits, now_s)
         return StepPlan(() if waits else tuple(chunks), self._layer_jobs.planned)
 
@@ -281,7 +303,7 @@ class Scheduler:
             sequence = chunk.sequence
             if sequence.state is SequenceState.FINISHED:
                 continue
-            if sequence.state is SequenceState.RUNNING:
+            if sequence.state is not SequenceState.WAITING:
                 self._blocks.publish(sequence, chunk.start, chunk.start + chunk.num_tokens)
             if token is None:
                 continue
@@ -299,7 +321,9 @@ class Scheduler:
 
     def assert_idle(self) -> None:
         """Checks that nothing is lost when every sequence has ended. Raises ``Internal``."""
-        assert not self._running and not len(self._waiting), "sequences have not ended"
+        assert not self._running and not len(self._waiting) and not len(self._paused), (
+            "sequences have not ended"
+        )
         self._blocks.assert_idle()
 
     def _schedule_decodes(self, chunks: list[ScheduledChunk]) -> None:
@@ -323,7 +347,7 @@ class Scheduler:
     def _extend(self, sequence: Sequence) -> bool:
         """Gets the block for one more token; False if the sequence itself had to make room."""
         while not self._blocks.extend(sequence):
-            if self._layer_jobs.make_room():
+            if self._layer_jobs.make_room() or self._paused.drop_last():
                 continue
             last = self._running[-1]
             self._preempt(last)
@@ -339,7 +363,30 @@ class Scheduler:
         self.stats.num_preemptions += 1
         self._waiting.add(sequence)
 
-    def _admit(self, chunks: list[ScheduledChunk], budget: int, now_s: float) -> bool:
+    def _rotate(self, now_s: float) -> bool:
+        """Makes room for the first in line that has found none; False if that is in vain."""
+        if self._rotation is None:
+            return False
+        order = self._waiting.adapters()
+        first = next(each for each in order if self._demand.blocked_since_s(each) is not None)
+        ended = self._rotation.turns_to_end(first, order, now_s)
+        for adapter_id in ended:
+            # They had their chance while the turn lasted; before ``first`` they would keep the
+            # slot. They come before those that are paused now when it is their turn again.
+            self._waiting.send_back(adapter_id, self._waiting.first(first).place)
+            for sequence in self._rotation.running(adapter_id):
+                self._pause(sequence, now_s)
+        return bool(ended)
+
+    def _pause(self, sequence: Sequence, now_s: float) -> None:
+        logger.debug("request %s is paused", sequence.request_id)
+        self._stop_running(sequence, keeps_blocks=True)
+        self._paused.add(sequence, now_s)
+        self._waiting.add_last(sequence)
+
+    def _admit(
+        self, chunks: list[ScheduledChunk], budget: int, overdue: Sequence | None, now_s: float
+    ) -> bool:
         """Adds waiting sequences; True if the step has to wait for the next one's adapter."""
         self._held_until_s = None
         if not self._has_room(budget) or not len(self._waiting):
@@ -350,15 +397,19 @@ class Scheduler:
             )
         is_held = self._held_until_s is not None
         self.stats.num_held_steps += is_held
-        overdue = self._find_overdue(now_s)
 
         def may_begin(sequence: Sequence) -> bool:
+            # Paused just now.
+            if sequence.num_pending_tokens:
+                return False
             if sequence.adapter_id is None:
                 return True
             # Who has begun a job can be in no cohort any more.
             if is_held and not self._layer_jobs.has(sequence):
                 return False
-            if overdue is None or sequence.sequence_id < overdue.sequence_id:
+            if overdue is None or sequence.place < overdue.place:
+                return True
+            if self._rotation is not None and self._rotation.may_join(sequence.adapter_id, now_s):
                 return True
             return self._residency.is_pinned(sequence.adapter_id)
 
@@ -374,15 +425,15 @@ class Scheduler:
         for sequence in self._waiting.admissible(is_admissible):
             # Only a blocking engine gets here; without blocks the step could not have it anyway.
             if self._is_in_load(sequence):
-                return self._blocks.can_admit(sequence, num_spare=len(self._running))
+                return self._paused.can_admit(sequence, num_spare=len(self._running))
             if self._layer_jobs.has(sequence):
-                self._start_running(sequence)
+                self._start_running(sequence, now_s)
                 budget -= self._layer_jobs.plan(budget)
             else:
                 # Without blocks the earliest waits, and a shorter later one must not overtake it.
                 if not self._admit_to_blocks(sequence):
                     return False
-                self._start_running(sequence)
+                self._start_running(sequence, now_s)
                 budget -= _add_chunk(chunks, sequence, budget)
             if not self._has_room(budget):
                 return False
@@ -391,8 +442,8 @@ class Scheduler:
 
     def _admit_to_blocks(self, sequence: Sequence) -> bool:
         num_spare = len(self._running)
-        return self._blocks.admit(sequence, num_spare) or (
-            self._layer_jobs.make_room() and self._blocks.admit(sequence, num_spare)
+        return self._paused.admit(sequence, num_spare) or (
+            self._layer_jobs.make_room() and self._paused.admit(sequence, num_spare)
         )
 
     def _is_in_load(self, sequence: Sequence) -> bool:
@@ -403,7 +454,11 @@ class Scheduler:
         return budget > 0 and len(self._running) < self._limits.max_num_seqs
 
     def _find_overdue(self, now_s: float) -> Sequence | None:
-        """The earliest sequence that has waited too long for a slot."""
+        """The first in line that has waited too long for a slot."""
+        # With hundreds waiting, to look at each in every step would cost too much.
+        longest_s = self._demand.longest_blocked_since_s
+        if longest_s is None or now_s - longest_s <= self._limits.max_adapter_wait_s:
+            return None
         for adapter_id in self._waiting.adapters():
             blocked_s = self._demand.blocked_since_s(adapter_id)
             if blocked_s is None:
@@ -413,13 +468,16 @@ class Scheduler:
                 return first
         return None
 
-    def _start_running(self, sequence: Sequence) -> None:
+    def _start_running(self, sequence: Sequence, now_s: float) -> None:
         self._waiting.remove(sequence)
         insort(self._running, sequence, key=_arrival)
         sequence.state = SequenceState.RUNNING
         if sequence.adapter_id is not None:
             self._residency.acquire(sequence.adapter_id)
-        if sequence.num_preemptions == 0:
+        self._paused.went_on(sequence, now_s)
+        if self._rotation is not None:
+            self._rotation.started(sequence, now_s)
+        if not sequence.num_preemptions and not sequence.num_pauses:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.stats.num_prompt_tokens += sequence.num_prompt_tokens
             self.stats.num_cached_prompt_tokens += sequence.num_cached_tokens
@@ -430,13 +488,17 @@ class Scheduler:
         else:
             self._layer_jobs.drop(sequence)
             self._waiting.remove(sequence)
+            self._paused.ended(sequence)
 
-    def _stop_running(self, sequence: Sequence) -> None:
+    def _stop_running(self, sequence: Sequence, keeps_blocks: bool = False) -> None:
         index = bisect_left(self._running, sequence.sequence_id, key=_arrival)
         assert self._running[index] is sequence, "only a running sequence is stopped"
         del self._running[index]
         self._layer_jobs.drop(sequence)
-        self._blocks.release(sequence)
+        if not keeps_blocks:
+            self._blocks.release(sequence)
+        if self._rotation is not None:
+            self._rotation.stopped(sequence)
         if sequence.adapter_id is not None:
             self._residency.release(sequence.adapter_id)
 

@@ -8,6 +8,9 @@ from ipc.messages import AdapterId, FinishReason, RequestId, SamplingParams
 
 SequenceId = NewType("SequenceId", int)
 """Counts up in order of arrival: a smaller one came earlier."""
+Place = tuple[SequenceId, int]
+"""Where a sequence stands in line: a smaller one stands before. Those that came by themselves have
+zero behind their own number; those that were sent back, a count behind the last one's that came."""
 
 
 class SequenceState(Enum):
@@ -16,7 +19,9 @@ class SequenceState(Enum):
     |----------|---------------------------|---------------------------------------------|
     | WAITING  | none; in a layer job      | RUNNING when admitted, FINISHED             |
     |          | those of all its tokens   |                                             |
-    | RUNNING  | all of its computed tokens| WAITING when preempted, FINISHED            |
+    | RUNNING  | all of its computed tokens| WAITING when preempted, PAUSED, FINISHED    |
+    | PAUSED   | all of its computed tokens| RUNNING when it goes on, FINISHED, WAITING  |
+    |          |                           | when its blocks are needed                  |
     | FINISHED | none                      |                                             |
 
     A step that is in flight while the state changes goes on with the blocks it was launched with.
@@ -24,6 +29,7 @@ class SequenceState(Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    PAUSED = "paused"
     FINISHED = "finished"
 
 
@@ -54,7 +60,12 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     num_preemptions: int = 0
+    num_pauses: int = 0
     finish_reason: FinishReason | None = None
+    place: Place = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = (self.sequence_id, 0)
 
     @property
     def num_tokens(self) -> int:

@@ -253,6 +253,10 @@ class EngineStats(msgspec.Struct, frozen=True, tag="engine_stats"):
     layer_jobs_total: int
     layer_groups_total: int
     preemptions_total: int
+    num_paused: int
+    pauses_total: int
+    dropped_pauses_total: int
+    longest_pause_s: float
     pool_bytes_total: int
     pool_bytes_used: int
     adapters_resident: int

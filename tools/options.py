@@ -312,6 +312,15 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "Hold a prefill back for adapters about to arrive, where that makes all waits shorter.",
         ),
         Option(
+            "--no-adapter-rotation",
+            EngineConfig,
+            "adapter_rotation",
+            None,
+            "",
+            "Let running requests keep their adapter's slot until they end, however long others"
+            " wait for one.",
+        ),
+        Option(
             "--staging-chunks",
             EngineConfig,
             "num_staging_chunks",

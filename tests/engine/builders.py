@@ -6,6 +6,7 @@ from engine.block_manager import BlockManager
 from engine.cohorts import Cohorts
 from engine.config import AdapterLoading
 from engine.residency import AdapterResidency
+from engine.rotation import Rotation
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.sequence import Sequence, SequenceId
 from engine.slot_allocator import SlotAllocator
@@ -82,6 +83,7 @@ class Policy:
         max_adapter_wait_s: float = 2.0,
         load_timeout_s: float = 60.0,
         cohorts: bool = False,
+        rotation: bool = False,
         adapter_loading: AdapterLoading = AdapterLoading.OVERLAP,
     ) -> None:
         self.pool = SlotAllocator(pool_bytes)
@@ -99,10 +101,14 @@ class Policy:
             chunked_prefill_size,
         )
         self.step_costs = StepCosts()
+        self.rotation = (
+            Rotation(self.residency, self.slots, max_adapter_wait_s) if rotation else None
+        )
         self.scheduler = Scheduler(
             limits,
             self.blocks,
             self.residency,
             self.demand,
             Cohorts(self.step_costs, max_num_batched_tokens, max_num_seqs) if cohorts else None,
+            self.rotation,
         )

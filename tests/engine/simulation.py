@@ -36,6 +36,7 @@ BLOCK_SIZE = 4
 MAX_SEQUENCE_TOKENS = 48
 MAX_TOKENS_IN_STEP = 24
 RANKS = (8, 16, 24, 32)
+WAITING_STATES = (SequenceState.WAITING, SequenceState.PAUSED)
 MODULES = (("q_proj",), ("v_proj",), ("q_proj", "v_proj"))
 
 
@@ -59,7 +60,7 @@ class Simulation:
     """One engine's life; ``tick`` is one turn of the step loop, with all that may happen in it.
 
     With ``overlap`` a step stays in flight from one turn to the next; with ``cohorts`` prefills may
-    be held back for others.
+    be held back for others; with ``rotation`` sequences may be paused.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Simulation:
         overlap: bool,
         adapter_loading: AdapterLoading = AdapterLoading.OVERLAP,
         cohorts: bool = False,
+        rotation: bool = False,
     ) -> None:
         self.rng = rng
         self.overlap = overlap
@@ -86,6 +88,7 @@ class Simulation:
             max_adapter_wait_s=WAIT_LIMIT_S,
             load_timeout_s=LOAD_TIMEOUT_S,
             cohorts=cohorts,
+            rotation=rotation,
             adapter_loading=adapter_loading,
         )
         self.now_s = 0.0
@@ -211,9 +214,11 @@ class Simulation:
         if policy.scheduler.awaits_tokens:
             self._complete_steps(num_left=0)
         running_before = {s for s in self.sequences if s.state is SequenceState.RUNNING}
+        open_before = self._open_turns()
         plan = policy.scheduler.schedule(self.now_s)
         self._carry_out_actions()
-        self._check_bounded_waiting(plan, running_before)
+        self._check_bounded_waiting(plan, running_before, open_before)
+        self._check_pauses(running_before)
         self._check_plan(plan)
         self._check_step_wait(plan)
         if plan.layer_group is not None:
@@ -349,7 +354,7 @@ class Simulation:
         scheduler = self.policy.scheduler
         if not plan.is_empty or self.in_flight or not scheduler.num_running:
             return
-        waiting = [s for s in self.sequences if s.state is SequenceState.WAITING]
+        waiting = [s for s in self.sequences if s.state in WAITING_STATES]
         assert self.adapter_loading is AdapterLoading.BLOCKING
         assert any(
             sequence.adapter_id is not None
@@ -394,11 +399,30 @@ class Simulation:
         else:
             assert (output, sequence.finish_reason) == (expected, reason)
 
-    def _check_bounded_waiting(self, plan: StepPlan, running_before: set[Sequence]) -> None:
+    def _open_turns(self) -> set[AdapterId]:
+        """Adapters that have a turn which anybody may still join."""
+        rotation = self.policy.rotation
+        if rotation is None:
+            return set()
+        return {i for i in self.table if rotation.may_join(i, self.now_s)}
+
+    def _check_pauses(self, running_before: set[Sequence]) -> None:
+        """Paused ones keep their KV; nobody is paused who has no slot that others could get."""
+        paused = [s for s in self.sequences if s.state is SequenceState.PAUSED]
+        for sequence in paused:
+            held = len(sequence.block_table) * BLOCK_SIZE
+            assert 0 < sequence.num_computed_tokens <= held
+        for sequence in running_before.intersection(paused):
+            assert sequence.adapter_id in self.registered
+            assert not self.policy.residency.is_pinned(sequence.adapter_id)
+
+    def _check_bounded_waiting(
+        self, plan: StepPlan, running_before: set[Sequence], open_before: set[AdapterId]
+    ) -> None:
         residency = self.policy.residency
         first: dict[AdapterId, Sequence] = {}
-        for sequence in self.sequences:
-            if sequence.adapter_id is not None and sequence.state is SequenceState.WAITING:
+        for sequence in sorted(self.sequences, key=lambda each: each.place):
+            if sequence.adapter_id is not None and sequence.state in WAITING_STATES:
                 first.setdefault(sequence.adapter_id, sequence)
         in_load = {load.adapter_id for load in self.loads.values()}
         starving = {
@@ -418,10 +442,15 @@ class Simulation:
             waiting = first[adapter_id]
             if self.now_s - max(since_s, waiting.arrival_s) <= WAIT_LIMIT_S:
                 continue
+            may_join = open_before.union(
+                s.adapter_id for s in admitted if s.place < waiting.place if s.adapter_id
+            )
             for sequence in admitted:
                 assert sequence.adapter_id is not None
-                assert sequence.sequence_id < waiting.sequence_id or residency.is_pinned(
-                    sequence.adapter_id
+                assert (
+                    sequence.place < waiting.place
+                    or residency.is_pinned(sequence.adapter_id)
+                    or (self.policy.rotation is not None and sequence.adapter_id in may_join)
                 ), "a later sequence overtook one that has waited too long for a slot"
 
     def _answered(self, sequence: Sequence) -> None:

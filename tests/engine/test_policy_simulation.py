@@ -27,12 +27,19 @@ def test_a_thousand_more_machines_misbehave(
     simulate(case, overlap, adapter_loading, seed)
 
 
-def simulate(case: int, overlap: bool, adapter_loading: AdapterLoading, seed: int) -> None:
+def test_simulated_machines_pause_sequences_and_drop_their_blocks(seed: int) -> None:
+    machines = [simulate(case, True, AdapterLoading.OVERLAP, seed) for case in (0, 1, 4, 5, 8, 9)]
+    stats = [machine.policy.scheduler.rotation_stats for machine in machines]
+    assert sum(each.num_pauses for each in stats) > 20
+    assert sum(each.num_dropped_pauses for each in stats) > 5
+
+
+def simulate(case: int, overlap: bool, adapter_loading: AdapterLoading, seed: int) -> Simulation:
     """Four hundred steps of arrivals, cancellations, registrations, hints and dying loaders."""
     rng = random.Random(f"{seed}-{case}")
     overlaps_loads = adapter_loading is not AdapterLoading.BLOCKING
     cohorts = overlaps_loads and case % 2 == 1
-    simulation = Simulation(rng, overlap, adapter_loading, cohorts)
+    simulation = Simulation(rng, overlap, adapter_loading, cohorts, rotation=case % 4 < 2)
     for _ in range(4):
         simulation.register(pinned=False)
     arrivals = rng.choice((0.15, 0.4, 0.8))
@@ -62,3 +69,4 @@ def simulate(case: int, overlap: bool, adapter_loading: AdapterLoading, seed: in
     assert simulation.policy.scheduler.layer_jobs.num_groups == simulation.num_groups
     waits = simulation.policy.scheduler.step_waits
     assert (waits.num_waits == 0, waits.seconds == 0.0) == (overlaps_loads, overlaps_loads)
+    return simulation

@@ -359,3 +359,10 @@ def test_a_manifest_that_disagrees_with_the_engines_layout_is_a_defect() -> None
     wrong = msgspec.structs.replace(make_manifest(9), image_bytes=128)
     with pytest.raises(Internal, match="expected 6144 bytes, the loader's manifest says 128"):
         pool.residency.add(AdapterId(9), wrong, pinned=False)
+
+
+def test_every_request_that_comes_in_vain_is_refused_also_the_next_one_of_its_adapter() -> None:
+    pool = Pool(1, pinned=(A,))
+    pool.load(A)
+    refused = [_failed(pool.meet(B)) for _ in range(2)]
+    assert refused == [[(B, ErrorCode.RESOURCE_EXHAUSTED)]] * 2

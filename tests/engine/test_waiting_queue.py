@@ -57,3 +57,20 @@ def test_the_queue_agrees_with_a_sorted_list_under_random_use(rng: random.Random
         adapters = dict.fromkeys(s.adapter_id for s in in_order if s.adapter_id is not None)
         assert queue.adapters() == tuple(adapters)
         assert len(queue) == len(waiting)
+
+
+def test_who_goes_to_the_end_of_the_line_stands_before_all_that_come_later() -> None:
+    queue, sequences = _fill(1, 2, 3)
+    for first in sequences[:2]:
+        queue.remove(first)
+        queue.add_last(first)
+    newcomer = make_sequence(3, [1], 4)
+    queue.add(newcomer)
+    assert queue.adapters() == (3, 1, 2, 4)
+
+
+def test_only_those_before_a_place_are_sent_back_and_keep_their_order() -> None:
+    queue, sequences = _fill(1, 1, 2, 1)
+    queue.send_back(AdapterId(1), behind=sequences[2].place)
+    assert queue.adapters() == (2, 1)
+    assert queue.waiting_for(AdapterId(1)) == [sequences[3], sequences[0], sequences[1]]
