@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from engine.batch import DeviceBatch, FlatBatch
 from engine.device import Device
 from engine.kv_cache import KvCache, KvDestination
+from engine.lora.delta import Delta, Projected
 from engine.models.ops import DecoderOps
 
 # A group of decodes is padded to at most this many times its shortest context.
@@ -49,10 +50,12 @@ class AttentionStep(Protocol):
         norms: tuple[Tensor, Tensor] | None,
         rotation: Tensor,
         ops: DecoderOps,
+        delta: Delta | None = None,
     ) -> Tensor:
         """``attend`` of what ``ops.rotate_and_store`` makes of the other arguments, in one go.
 
-        Keys and values are stored at ``destination(layer)``; ``qkv`` may be overwritten.
+        Before that, ``qkv`` gets its delta. Keys and values are stored at ``destination(layer)``;
+        ``qkv`` may be overwritten.
         """
         ...
 
@@ -185,7 +188,9 @@ class _PagedStep:
         norms: tuple[Tensor, Tensor] | None,
         rotation: Tensor,
         ops: DecoderOps,
+        delta: Delta | None = None,
     ) -> Tensor:
+        qkv = Projected(qkv, delta).total()
         heads = ops.rotate_and_store(qkv, norms, rotation, self.destination(layer))
         return self.attend(layer, *heads)
 

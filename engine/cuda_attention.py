@@ -18,6 +18,7 @@ from engine.kernels.head_rotation import HeadRotation
 from engine.kernels.overlap import may_overlap
 from engine.kernels.paged_decode import paged_decode
 from engine.kv_cache import KvCache, KvDestination
+from engine.lora.delta import Delta, Projected
 from engine.models.ops import DecoderOps
 
 
@@ -175,15 +176,17 @@ class _CudaStep:
         norms: tuple[Tensor, Tensor] | None,
         rotation: Tensor,
         ops: DecoderOps,
+        delta: Delta | None = None,
     ) -> Tensor:
         destination = self.destination(layer)
         if self._prefills is not None or self._decodes is None:
+            qkv = Projected(qkv, delta).total()
             return self.attend(layer, *ops.rotate_and_store(qkv, norms, rotation, destination))
         # Each row is one sequence's new token: one launch does all of it.
         query, key, value = split_heads(qkv, destination)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         turn = HeadRotation(rotation, norms, ops.rms_norm_eps, self._slot_mapping)
-        self._decode(self._decodes, layer, out, query, key, value, turn)
+        self._decode(self._decodes, layer, out, query, key, value, turn, delta)
         return out
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -192,7 +195,7 @@ class _CudaStep:
         else:
             out = self._prefill(self._prefills, layer, query, key, value)
         if self._decodes is not None:
-            self._decode(self._decodes, layer, out, query, key, value, None)
+            self._decode(self._decodes, layer, out, query, key, value, None, None)
         return out
 
     def _decode(
@@ -204,6 +207,7 @@ class _CudaStep:
         key: Tensor,
         value: Tensor,
         rotation: HeadRotation | None,
+        delta: Delta | None,
     ) -> None:
         paged_decode(
             out,
@@ -218,6 +222,7 @@ class _CudaStep:
             self._workspace,
             decodes.rows,
             rotation,
+            delta,
         )
 
     def _prefill(

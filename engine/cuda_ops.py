@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from engine.kernels.add_residual import add_residual
 from engine.kernels.head_rotation import HeadRotation
 from engine.kernels.overlap import may_overlap
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope_kv import rope_kv
 from engine.kernels.silu_mul import silu_mul
 from engine.kv_cache import KvDestination
+from engine.lora.delta import Delta
 
 
 class FusedOps:
@@ -28,8 +30,16 @@ class FusedOps:
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self._eps, self._overlaps)
 
-    def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return add_rms_norm(residual, x, weight, self._eps, self._overlaps)
+    def add(self, residual: Tensor, x: Tensor, delta: Delta | None = None) -> Tensor:
+        if delta is None:
+            return residual.add_(x)
+        add_residual(residual, x, delta, self._overlaps)
+        return residual
+
+    def add_rms_norm(
+        self, residual: Tensor, x: Tensor, weight: Tensor, delta: Delta | None = None
+    ) -> Tensor:
+        return add_rms_norm(residual, x, weight, self._eps, self._overlaps, delta)
 
     def rotate_and_store(
         self,
@@ -42,8 +52,8 @@ class FusedOps:
         rope_kv(qkv, turn, destination.keys, destination.values, self._overlaps)
         return split_heads(qkv, destination)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return silu_mul(gate_up, self._overlaps)
+    def silu_mul(self, gate_up: Tensor, delta: Delta | None = None) -> Tensor:
+        return silu_mul(gate_up, self._overlaps, delta)
 
 
 def split_heads(qkv: Tensor, destination: KvDestination) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.decode_workspace import DecodeWorkspace
+from engine.kernels.head_deltas import add_delta, load_delta
 from engine.kernels.head_rotation import HeadRotation, turn_heads
 from engine.kernels.split_softmax import absorb, load_halves, merge_splits, store_halves
+from engine.lora.delta import Delta
 
 # The smallest number of rows that the tensor cores' product takes.
 _MIN_DOT_ROWS = 16
@@ -38,6 +40,7 @@ def paged_decode(
     workspace: DecodeWorkspace,
     rows: Tensor | None = None,
     rotation: HeadRotation | None = None,
+    delta: Delta | None = None,
 ) -> None:
     """Writes ``out[r] = softmax(query[r] Kᵀ / sqrt(head_dim)) V`` for the row of each sequence.
 
@@ -48,7 +51,8 @@ def paged_decode(
 
     With ``rotation`` heads are as the projection left them: ``query`` and ``key`` count as normed
     and rotated, and ``key`` and ``value`` of each sequence with a context are stored at its slot.
-    Without, they are ready, and nothing is stored.
+    Without, they are ready, and nothing is stored. With both ``rotation`` and ``delta``, all three
+    count as with that added first, which has the queries' columns, the keys' and the values'.
 
     | tensor                    | shape; rows of `*` may lie apart, else contiguous  | dtype       |
     |---------------------------|----------------------------------------------------|-------------|
@@ -93,6 +97,11 @@ def paged_decode(
     tuning = workspace.tuning
     group = num_heads // num_kv_heads
     num_splits = workspace.num_splits(num_sequences, max_context)
+    overlaps = workspace.overlaps
+    if delta is not None:
+        assert rotation is not None
+        delta.check(num_rows, (num_heads + 2 * num_kv_heads) * head_dim)
+        overlaps = overlaps and delta.overlaps
     query_norm, key_norm = (rotation and rotation.norms) or (None, None)
     _paged_decode_kernel[(num_kv_heads, num_splits, num_sequences)](
         out,
@@ -108,6 +117,8 @@ def paged_decode(
         query_norm,
         key_norm,
         rotation and rotation.slots,
+        delta and delta.values,
+        delta and delta.has_adapter,
         workspace.partials,
         workspace.maxima,
         workspace.sums,
@@ -128,6 +139,7 @@ def paged_decode(
         HAS_ROWS=rows is not None,
         ROTATES=rotation is not None,
         HAS_NORMS=query_norm is not None,
+        HAS_DELTA=delta is not None,
         TILE_GROUP=triton.next_power_of_2(group),
         TILE_HEADS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)),
         TILE_HALF=max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim // 2)),
@@ -138,9 +150,9 @@ def paged_decode(
         NUM_STAGES=tuning.num_stages,
         # The interpreter's product of bf16 is wrong.
         UPCAST=triton.knobs.runtime.interpret and out.dtype is torch.bfloat16,
-        OVERLAPS=workspace.overlaps,
+        OVERLAPS=overlaps,
         num_warps=tuning.num_warps,
-        launch_pdl=workspace.overlaps,
+        launch_pdl=overlaps,
     )
 
 
@@ -159,6 +171,8 @@ def _paged_decode_kernel(
     query_norm_ptr,
     key_norm_ptr,
     slots_ptr,
+    delta_ptr,
+    has_adapter_ptr,
     partials_ptr,
     maxima_ptr,
     sums_ptr,
@@ -178,6 +192,7 @@ def _paged_decode_kernel(
     HAS_ROWS: tl.constexpr,
     ROTATES: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
     TILE_GROUP: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     TILE_HALF: tl.constexpr,
@@ -246,6 +261,8 @@ def _paged_decode_kernel(
     second_early_keys = tl.load(keys_ptr + early + HALF_DIM, mask=is_early)
     first_early_values = tl.load(values_ptr + early, mask=is_early)
     second_early_values = tl.load(values_ptr + early + HALF_DIM, mask=is_early)
+    if HAS_DELTA:
+        has_adapter = tl.load(has_adapter_ptr + row) != 0
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
 
@@ -261,6 +278,23 @@ def _paged_decode_kernel(
     second_key = tl.load(key_ptrs + HALF_DIM, mask=is_new)
     first_value = tl.load(value_ptrs, mask=is_new)
     second_value = tl.load(value_ptrs + HALF_DIM, mask=is_new)
+    if HAS_DELTA:
+        delta_ptr += row * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
+        key_delta_ptr = delta_ptr + (GROUP * NUM_KV_HEADS + kv_head) * HEAD_DIM
+        value_delta_ptr = key_delta_ptr + NUM_KV_HEADS * HEAD_DIM
+        is_query_delta = (heads < tl.where(has_adapter, GROUP, 0))[:, None] & is_dim
+        is_new_delta = (dims < tl.where(is_own & has_adapter, HALF_DIM, 0))[None, :]
+        # fmt: off
+        first_query_delta, second_query_delta = load_delta(
+            delta_ptr + kv_head * (GROUP * HEAD_DIM) + query_offsets, is_query_delta, HALF_DIM
+        )
+        first_key_delta, second_key_delta = load_delta(
+            key_delta_ptr + dims[None, :], is_new_delta, HALF_DIM
+        )
+        first_value_delta, second_value_delta = load_delta(
+            value_delta_ptr + dims[None, :], is_new_delta, HALF_DIM
+        )
+        # fmt: on
     if ROTATES:
         rotation_ptr += row * HEAD_DIM
         cosine = tl.load(rotation_ptr + dims, mask=dims < HALF_DIM, other=0.0)
@@ -272,6 +306,13 @@ def _paged_decode_kernel(
     second_key = tl.where(is_new, second_key, 0.0)
     first_value = tl.where(is_new, first_value, 0.0)
     second_value = tl.where(is_new, second_value, 0.0)
+    if HAS_DELTA:
+        first_query = add_delta(first_query, first_query_delta, is_query_delta)
+        second_query = add_delta(second_query, second_query_delta, is_query_delta)
+        first_key = add_delta(first_key, first_key_delta, is_new_delta)
+        second_key = add_delta(second_key, second_key_delta, is_new_delta)
+        first_value = add_delta(first_value, first_value_delta, is_new_delta)
+        second_value = add_delta(second_value, second_value_delta, is_new_delta)
     if ROTATES:
         # fmt: off
         first_query, second_query = turn_heads(

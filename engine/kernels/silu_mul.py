@@ -5,14 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.lora.delta import Delta
+
 _TILE = 1024
 
 
-def silu_mul(gate_up: Tensor, overlaps: bool) -> Tensor:
+def silu_mul(gate_up: Tensor, overlaps: bool, delta: Delta | None = None) -> Tensor:
     """``round(gate · sigmoid(gate)) · up``, a new tensor ``[num_rows, width]``.
 
     ``gate_up`` is ``[num_rows, 2 * width]``, contiguous, fp32, fp16 or bf16: a row's gate, then its
-    up. Computed in fp32; ``round`` is to the dtype. ``overlaps``: see ``engine.kernels.overlap``.
+    up. Computed in fp32; ``round`` is to the dtype. With ``delta``, ``gate_up`` counts as with it
+    added; it stays as it is. ``overlaps``: see ``engine.kernels.overlap``.
     """
     num_rows, both = gate_up.shape
     assert gate_up.is_contiguous() and both % 2 == 0, gate_up.shape
@@ -20,11 +23,17 @@ def silu_mul(gate_up: Tensor, overlaps: bool) -> Tensor:
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows == 0:
         return out
+    if delta is not None:
+        delta.check(num_rows, both)
+        overlaps = overlaps and delta.overlaps
     _silu_mul_kernel[(num_rows, triton.cdiv(width, _TILE))](
         out,
         gate_up,
+        delta and delta.values,
+        delta and delta.has_adapter,
         WIDTH=width,
         TILE=_TILE,
+        HAS_DELTA=delta is not None,
         OVERLAPS=overlaps,
         num_warps=4,
         launch_pdl=overlaps,
@@ -36,8 +45,11 @@ def silu_mul(gate_up: Tensor, overlaps: bool) -> Tensor:
 def _silu_mul_kernel(
     out_ptr,
     gate_up_ptr,
+    delta_ptr,
+    has_adapter_ptr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     if OVERLAPS:
@@ -50,5 +62,12 @@ def _silu_mul_kernel(
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + WIDTH, mask=mask, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
+    if HAS_DELTA:
+        is_delta = columns < tl.where(tl.load(has_adapter_ptr + row) != 0, WIDTH, 0)
+        delta_ptrs = delta_ptr + row * (2 * WIDTH) + columns
+        gate_delta = tl.load(delta_ptrs, mask=is_delta, other=0.0)
+        up_delta = tl.load(delta_ptrs + WIDTH, mask=is_delta, other=0.0)
+        gate = (gate + gate_delta).to(dtype).to(tl.float32)
+        up = (up + up_delta).to(dtype).to(tl.float32)
     active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * WIDTH + columns, (active * up).to(dtype), mask)

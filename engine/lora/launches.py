@@ -29,12 +29,21 @@ class LoraTuning:
     ``max_small_rows`` are in small segments; ``tile_few_rows`` of their rows are computed at once.
     ``overlaps`` lets a launch read weights while the launch before it still runs (programmatic
     dependent launch, from compute capability 9.0 on).
+
+    ``forks``: graph steps launch on a stream of ``side_priority`` beside the base model's products,
+    before them or, with ``product_first``, after them, and leave the delta to the launch behind.
+    ``joins_overlap`` lets that one overlap as well. Off, as it is not yet shown to be right in a
+    whole server on a GPU; ``tools.bench_decode_adapters`` compares the ways.
     """
 
     max_few_rows: int = 32
     max_small_rows: int = 512
     tile_few_rows: int = 16
     overlaps: bool = True
+    forks: bool = False
+    side_priority: int = 0
+    product_first: bool = False
+    joins_overlap: bool = False
     shrink_few: ShrinkFewTuning = field(default_factory=ShrinkFewTuning)
     expand_few: ExpandFewTuning = field(default_factory=ExpandFewTuning)
     shrink_many: ShrinkManyTuning = field(default_factory=ShrinkManyTuning)
@@ -94,7 +103,13 @@ class LoraLaunches:
         self._groups: dict[ModuleGroup, GroupShape] = {}
 
     def shrink_few(
-        self, layer: int, group: ModuleGroup, x: Tensor, units: Tensor, max_rows: int
+        self,
+        layer: int,
+        group: ModuleGroup,
+        x: Tensor,
+        units: Tensor,
+        max_rows: int,
+        is_first_of_fork: bool,
     ) -> None:
         """``x Aᵀ`` for the small segments in ``units``, which have ``max_rows`` rows at most."""
         shrink_few(
@@ -109,12 +124,22 @@ class LoraLaunches:
             self._num_processors,
             self._tuning.shrink_few,
             self._overlaps,
+            is_first_of_fork,
         )
 
     def expand_few(
-        self, layer: int, group: ModuleGroup, out: Tensor, units: Tensor, max_rows: int
+        self,
+        layer: int,
+        group: ModuleGroup,
+        out: Tensor,
+        units: Tensor,
+        max_rows: int,
+        adds: bool,
     ) -> None:
-        """Adds the deltas of what ``shrink_few`` was last launched for to ``out``."""
+        """Adds the deltas of what ``shrink_few`` was last launched for to ``out``, or puts them.
+
+        Where it does not add, ``out`` is fp32.
+        """
         shape = self._shape(group)
         expand_few(
             out,
@@ -129,6 +154,7 @@ class LoraLaunches:
             self._num_processors,
             self._tuning.expand_few,
             self._overlaps,
+            adds,
         )
 
     def shrink_many(
@@ -205,12 +231,19 @@ class SmallSegments:
         self._units = units
         self._max_rows = max_rows
 
-    def shrink(self, layer: int, group: ModuleGroup, x: Tensor) -> None:
-        self._launches.shrink_few(layer, group, x, self._units, self._max_rows)
+    def shrink(
+        self, layer: int, group: ModuleGroup, x: Tensor, is_first_of_fork: bool = False
+    ) -> None:
+        """``is_first_of_fork``: what it depends on was launched on another stream."""
+        self._launches.shrink_few(layer, group, x, self._units, self._max_rows, is_first_of_fork)
 
     def expand(self, layer: int, group: ModuleGroup, out: Tensor) -> None:
         """Adds what comes of the ``shrink`` that was launched last to ``out``."""
-        self._launches.expand_few(layer, group, out, self._units, self._max_rows)
+        self._launches.expand_few(layer, group, out, self._units, self._max_rows, adds=True)
+
+    def expand_apart(self, layer: int, group: ModuleGroup, values: Tensor) -> None:
+        """Puts it into ``values`` ``[num_rows, out]`` fp32, in every column of these segments."""
+        self._launches.expand_few(layer, group, values, self._units, self._max_rows, adds=False)
 
 
 class LargeSegments:

@@ -3,11 +3,13 @@
 This is the reference path: plain torch, on any device, and what faster kernels are compared with.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from engine.lora.delta import Projected
 from engine.lora.pool import AdapterPool, LoraWeights
 from engine.lora.segments import Segment
 
@@ -24,12 +26,21 @@ class ModuleColumns:
 class LoraStep(Protocol):
     """What a decoder needs of the adapters in one step."""
 
-    def add(self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, out: Tensor) -> None:
-        """Adds to each row of ``out`` what its adapter makes of that row of ``x``.
+    def project(
+        self,
+        layer: int,
+        group: tuple[ModuleColumns, ...],
+        x: Tensor,
+        product: Callable[[], Tensor],
+    ) -> Projected:
+        """What ``product`` computes, and for each row what its adapter makes of that row of ``x``.
 
-        ``x`` is ``[num_tokens, in]``, ``out`` ``[num_tokens, out]`` in the model's dtype, both
-        contiguous; the modules of ``group`` share ``x`` and lie side by side in ``out``.
+        ``x`` is ``[num_tokens, in]``, the product ``[num_tokens, out]`` in the model's dtype, both
+        contiguous; the modules of ``group`` share ``x`` and lie side by side in ``out``. Calls
+        ``product`` once. A delta that comes apart is to be used up before ``x`` of the next call
+        is made.
         """
+        ...
 
 
 class LoraBackend(Protocol):
@@ -43,8 +54,14 @@ class LoraBackend(Protocol):
 class NoAdapters:
     """A step of base rows alone."""
 
-    def add(self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, out: Tensor) -> None:
-        """Leaves ``out`` as it is."""
+    def project(
+        self,
+        layer: int,
+        group: tuple[ModuleColumns, ...],
+        x: Tensor,
+        product: Callable[[], Tensor],
+    ) -> Projected:
+        return Projected(product())
 
 
 class ReferenceLora:
@@ -62,13 +79,21 @@ class _ReferenceStep:
         self._pool = pool
         self._segments = segments
 
-    def add(self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, out: Tensor) -> None:
+    def project(
+        self,
+        layer: int,
+        group: tuple[ModuleColumns, ...],
+        x: Tensor,
+        product: Callable[[], Tensor],
+    ) -> Projected:
+        out = product()
         for segment in self._segments:
             rows = slice(segment.start, segment.stop)
             for columns in group:
                 weights = self._pool.weights(segment.adapter_id, layer, columns.module)
                 if weights is not None:
                     add_lora(out[rows, columns.start : columns.stop], x[rows], weights)
+        return Projected(out)
 
 
 def add_lora(out: Tensor, x: Tensor, weights: LoraWeights) -> None:

@@ -5,10 +5,14 @@ by reading the adapters' weights, the latter by reading and writing the rows. Wh
 need is found out once, for all layers, and handed to the kernels as data.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.device import Device, torch_dtype
+from engine.lora.delta import Delta, Projected
 from engine.lora.kernels.shapes import Weights
 from engine.lora.launches import (
     LargeSegments,
@@ -19,16 +23,25 @@ from engine.lora.launches import (
 )
 from engine.lora.pool import AdapterPool
 from engine.lora.segments import Segment
+from engine.lora.side_stream import SideStream
 from engine.lora.table import AdapterTable, views
-from engine.lora.work import UNIT_WORDS, RowSegment, list_row_tiles, list_units
-from ipc.base_model import BaseModel
+from engine.lora.work import (
+    UNIT_WORDS,
+    RowSegment,
+    flag_rows,
+    list_row_tiles,
+    list_units,
+    num_flag_rows,
+)
+from ipc.base_model import LINEAR_GROUPS, BaseModel
 from ipc.image import ENTRY_ALIGNMENT
 
 
 class TritonLora:
     """Adds deltas with weights out of the pool's arena, where ``table`` says that they lie.
 
-    Everything it launches goes to the current stream, which must be the forward stream.
+    Everything it launches goes to the current stream, which must be the forward stream, or to a
+    side stream that is forked from it and joined again.
     ``max_rows`` bounds the rows of a step, ``max_rank`` the adapters' ranks.
     """
 
@@ -51,6 +64,9 @@ class TritonLora:
         self._launches = LoraLaunches(
             base, weights, max_rows, self._max_small_rows, max_rank, self._tuning
         )
+        self._fork = None
+        if self._tuning.forks:
+            self._fork = Fork(base, self._max_small_rows, device.torch_device, self._tuning)
 
     def warm_up(self) -> None:
         """Compiles every kernel that an eager step may need; before any adapter is resident.
@@ -81,7 +97,9 @@ class TritonLora:
     def graph_step(self, max_rows: int) -> "GraphStep":
         """A step to be captured once and replayed for any segments of ``max_rows`` rows in all."""
         assert max_rows <= self._max_small_rows, (max_rows, self._max_small_rows)
-        return GraphStep(self._launches, self._table, self._device, max_rows, self._tuning)
+        return GraphStep(
+            self._launches, self._table, self._device, max_rows, self._tuning, self._fork
+        )
 
     def _divide(self, segments: tuple[Segment, ...]) -> tuple[list[RowSegment], list[RowSegment]]:
         """Small and large segments."""
@@ -103,18 +121,47 @@ class EagerStep:
     def __init__(self, parts: tuple[SmallSegments | LargeSegments, ...]) -> None:
         self.parts = parts
 
-    def add(self, layer: int, group: ModuleGroup, x: Tensor, out: Tensor) -> None:
+    def project(
+        self, layer: int, group: ModuleGroup, x: Tensor, product: Callable[[], Tensor]
+    ) -> Projected:
+        out = product()
         # One after the other: they share scratch memory.
         for part in self.parts:
             part.shrink(layer, group, x)
             part.expand(layer, group, out)
+        return Projected(out)
+
+
+class Fork:
+    """Owns what launches beside the base model's products need: a stream, and the deltas' memory.
+
+    One buffer does for all projections. The launch that uses up a delta makes, itself, the ``x`` of
+    the next projection, or stands ahead of the launch that does; and the next fork waits for that
+    ``x``, so nothing writes a delta while an earlier one is still read. Joined likewise, the next
+    ``product`` finds no launch of ours beside it but those of its own fork: kernels' scratch memory
+    is used by one launch after another, as on one stream.
+    """
+
+    def __init__(
+        self, base: BaseModel, max_rows: int, device: torch.device, tuning: LoraTuning
+    ) -> None:
+        self.stream = SideStream(device, tuning.side_priority)
+        self.product_first = tuning.product_first
+        self.joins_overlap = tuning.overlaps and tuning.joins_overlap
+        widths = (sum(base.linear(name).out_features for name in names) for names in LINEAR_GROUPS)
+        self._values = torch.empty(max_rows * max(widths), device=device)
+
+    def values(self, num_rows: int, width: int) -> Tensor:
+        """``[num_rows, width]`` fp32: the same memory each time, holding anything."""
+        return self._values[: num_rows * width].view(num_rows, width)
 
 
 class GraphStep:
     """Owns a list of work at a fixed place: its launches can be captured in a CUDA graph.
 
     The launches compute what the last ``fill`` before them says; at first, nothing. Their grids
-    depend on ``max_rows`` alone.
+    depend on ``max_rows`` alone. With a ``fork`` they run beside the product, and the delta comes
+    apart.
     """
 
     def __init__(
@@ -124,14 +171,19 @@ class GraphStep:
         device: Device,
         max_rows: int,
         tuning: LoraTuning,
+        fork: Fork | None,
     ) -> None:
         self._table = table
         self._max_rows = max_rows
         self._shape = tuning.unit_shape()
-        shape = (1 + self._shape.max_units(max_rows), UNIT_WORDS)
-        self._units = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
+        # The rows' flags stand ahead of the units: so one upload brings both.
+        num_flags = num_flag_rows(max_rows)
+        shape = (num_flags + 1 + self._shape.max_units(max_rows), UNIT_WORDS)
+        self._work = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
+        self._has_adapter = self._work[:num_flags].view(-1)[:max_rows]
         self._device = device
-        self.segments = SmallSegments(launches, self._units, max_rows)
+        self._fork = fork
+        self.segments = SmallSegments(launches, self._work[num_flags:], max_rows)
 
     def fill(self, segments: tuple[Segment, ...]) -> None:
         """Launches and replays from now on are for these segments; does not wait for others.
@@ -140,14 +192,40 @@ class GraphStep:
         """
         found = _row_segments(segments, self._table)
         assert sum(segment.num_rows for segment in found) <= self._max_rows, segments
-        listed = list_units(found, self._shape)
-        self._device.upload_into(listed, self._units[: len(listed)])
+        flags = flag_rows(found, self._max_rows)
+        listed = np.concatenate((flags, list_units(found, self._shape)))
+        self._device.upload_into(listed, self._work[: len(listed)])
 
-    def add(self, layer: int, group: ModuleGroup, x: Tensor, out: Tensor) -> None:
+    def project(
+        self, layer: int, group: ModuleGroup, x: Tensor, product: Callable[[], Tensor]
+    ) -> Projected:
+        if self._fork is not None:
+            return self._project_beside(self._fork, layer, group, x, product)
+        out = product()
         # Side by side, so that the B's are read while the shrinking still runs. Measured with the
         # shrinking ahead of the base model's product: 0.1 to 0.4 ms a step slower.
         self.segments.shrink(layer, group, x)
         self.segments.expand(layer, group, out)
+        return Projected(out)
+
+    def _project_beside(
+        self,
+        fork: Fork,
+        layer: int,
+        group: ModuleGroup,
+        x: Tensor,
+        product: Callable[[], Tensor],
+    ) -> Projected:
+        num_rows = x.shape[0]
+        values = fork.values(num_rows, group[-1].stop)
+        branch = fork.stream.fork()
+        early = product() if fork.product_first else None
+        with branch:
+            self.segments.shrink(layer, group, x, is_first_of_fork=True)
+            self.segments.expand_apart(layer, group, values)
+        out = product() if early is None else early
+        fork.stream.join()
+        return Projected(out, Delta(values, self._has_adapter[:num_rows], fork.joins_overlap))
 
 
 def _row_segments(segments: tuple[Segment, ...], table: AdapterTable) -> list[RowSegment]:

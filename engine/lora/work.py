@@ -110,6 +110,22 @@ def list_units(segments: Sequence[RowSegment], shape: UnitShape) -> IntArray:
     return out
 
 
+def flag_rows(segments: Sequence[RowSegment], num_rows: int) -> IntArray:
+    """For each row of a step whether it is in a segment, 1 or 0; then zeros.
+
+    ``[num_flag_rows(num_rows), UNIT_WORDS]``, so that it can stand ahead of a list of units.
+    """
+    flags = np.zeros((num_flag_rows(num_rows), UNIT_WORDS), np.int32)
+    for each in segments:
+        flags.reshape(-1)[each.start : each.stop] = 1
+    return flags
+
+
+def num_flag_rows(num_rows: int) -> int:
+    """Rows of a list of units that the flags of so many rows of a step take."""
+    return -(-num_rows // UNIT_WORDS)
+
+
 def list_row_tiles(segments: Sequence[RowSegment], tile_rows: int) -> IntArray:
     """``[num_tiles, 4]``: index, first row and number of rows of each tile of large segments."""
     tiles = [

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from engine.attention import AttentionStep
 from engine.device import Device, torch_dtype
+from engine.lora.delta import Projected
 from engine.lora.linear import LoraStep, ModuleColumns
 from engine.models.config import ModelConfig
 from engine.models.ops import DecoderOps, open_ops
@@ -31,10 +32,10 @@ class _Linear:
     weight: Tensor
     bias: Tensor | None
 
-    def apply(self, layer: int, x: Tensor, lora: LoraStep) -> Tensor:
-        out = functional.linear(x, self.weight, self.bias)
-        lora.add(layer, self.modules, x, out)
-        return out
+    def apply(self, layer: int, x: Tensor, lora: LoraStep) -> Projected:
+        return lora.project(
+            layer, self.modules, x, lambda: functional.linear(x, self.weight, self.bias)
+        )
 
     def name_tensors(self, prefix: str) -> dict[str, Tensor]:
         named = {}
@@ -136,31 +137,32 @@ class Decoder:
         """
         ops = self._ops
         rotation = self._rotary_table[positions]
-        x = None
+        down = None
         for index in layers:
             layer = self._layers[index]
-            if x is None:
+            if down is None:
                 x = ops.rms_norm(hidden, layer.input_norm)
             else:
-                x = ops.add_rms_norm(hidden, x, layer.input_norm)
+                x = ops.add_rms_norm(hidden, down.out, layer.input_norm, down.delta)
             mixed = self._attend(index, layer, layer.qkv.apply(index, x, lora), rotation, attention)
-            x = layer.output.apply(index, mixed, lora)
-            x = ops.add_rms_norm(hidden, x, layer.post_attention_norm)
-            x = ops.silu_mul(layer.gate_up.apply(index, x, lora))
-            x = layer.down.apply(index, x, lora)
-        return hidden if x is None else hidden.add_(x)
+            output = layer.output.apply(index, mixed, lora)
+            x = ops.add_rms_norm(hidden, output.out, layer.post_attention_norm, output.delta)
+            gate_up = layer.gate_up.apply(index, x, lora)
+            down = layer.down.apply(index, ops.silu_mul(gate_up.out, gate_up.delta), lora)
+        return hidden if down is None else ops.add(hidden, down.out, down.delta)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[num_rows, vocab]`` for rows ``[num_rows, hidden]`` behind the last layer."""
         return functional.linear(self._ops.rms_norm(hidden, self._norm), self._head)
 
     def _attend(
-        self, index: int, layer: _Layer, qkv: Tensor, rotation: Tensor, attention: AttentionStep
+        self, index: int, layer: _Layer, qkv: Projected, rotation: Tensor, attention: AttentionStep
     ) -> Tensor:
         norms = None
         if layer.query_norm is not None and layer.key_norm is not None:
             norms = layer.query_norm, layer.key_norm
-        return attention.attend_projected(index, qkv, norms, rotation, self._ops).flatten(1)
+        attended = attention.attend_projected(index, qkv.out, norms, rotation, self._ops, qkv.delta)
+        return attended.flatten(1)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch_dtype(self.dtype), device=self._device)

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from engine.device import CudaDevice, Device
 from engine.kv_cache import KvDestination
+from engine.lora.delta import Delta, Projected
 from engine.models.rotary import rotate
 
 
@@ -25,8 +26,14 @@ class DecoderOps(Protocol):
         """``weight · x / sqrt(mean(x²) + eps)`` of each row; both ``[..., width]``."""
         ...
 
-    def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """``residual += x`` in place, then ``rms_norm`` of the sum."""
+    def add(self, residual: Tensor, x: Tensor, delta: Delta | None = None) -> Tensor:
+        """``residual += x`` in place, and returned; first ``x`` gets its delta."""
+        ...
+
+    def add_rms_norm(
+        self, residual: Tensor, x: Tensor, weight: Tensor, delta: Delta | None = None
+    ) -> Tensor:
+        """``residual += x`` in place, then ``rms_norm`` of the sum; first ``x`` gets its delta."""
         ...
 
     def rotate_and_store(
@@ -45,8 +52,8 @@ class DecoderOps(Protocol):
         """
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """``silu(gate) · up`` for rows of gate and up, one beside the other."""
+    def silu_mul(self, gate_up: Tensor, delta: Delta | None = None) -> Tensor:
+        """``silu(gate) · up`` for rows of gate and up side by side; first these get their delta."""
         ...
 
 
@@ -73,8 +80,13 @@ class TorchOps:
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, weight.shape, weight, self._eps)
 
-    def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return self.rms_norm(residual.add_(x), weight)
+    def add(self, residual: Tensor, x: Tensor, delta: Delta | None = None) -> Tensor:
+        return residual.add_(Projected(x, delta).total())
+
+    def add_rms_norm(
+        self, residual: Tensor, x: Tensor, weight: Tensor, delta: Delta | None = None
+    ) -> Tensor:
+        return self.rms_norm(self.add(residual, x, delta), weight)
 
     def rotate_and_store(
         self,
@@ -94,6 +106,6 @@ class TorchOps:
         destination.values.index_copy_(0, destination.slots, value)
         return query, key, value
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
+    def silu_mul(self, gate_up: Tensor, delta: Delta | None = None) -> Tensor:
+        gate, up = Projected(gate_up, delta).total().chunk(2, dim=-1)
         return functional.silu(gate) * up

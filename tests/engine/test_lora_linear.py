@@ -86,9 +86,8 @@ def test_each_row_gets_its_own_adapters_delta_and_nothing_else(
         x = torch.randn(num_rows, WIDTH, generator=generator).to(torch_dtype(dtype))
         before = torch.randn(num_rows, 96, generator=generator).to(torch_dtype(dtype))
         for layer in (0, 1):
-            out = before.clone()
             step = ReferenceLora(pool).begin(segments)
-            step.add(layer, QKV, x, out)
+            out = step.project(layer, QKV, x, before.clone).total()
             for row, adapter_id in enumerate(adapter_ids):
                 expected = before[row].float()
                 if adapter_id is not None:

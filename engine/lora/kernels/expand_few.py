@@ -1,7 +1,8 @@
-"""``out += s · (x Aᵀ) Bᵀ`` for segments of few rows: bound by reading the B's once."""
+"""``s · (x Aᵀ) Bᵀ`` for segments of few rows, added or apart: bound by reading the B's once."""
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,6 +44,7 @@ def expand_few(
     num_processors: int,
     tuning: ExpandFewTuning,
     overlaps: bool,
+    adds: bool = True,
 ) -> None:
     """Adds the delta of every row of ``units`` to ``out``, for all linears of ``group``.
 
@@ -50,8 +52,12 @@ def expand_few(
     ``shrink_few`` left for the same rows, group and layer, ``num_splits`` partial sums for each
     row that is alone. The delta is accumulated in fp32 and rounded once, with ``out``. The other
     arguments are those of ``shrink_few``.
+
+    Unless it ``adds``, ``out`` is fp32 and gets the delta instead, whatever it held: zeros in the
+    columns of a linear that a row's adapter has nothing for. Rows of no unit are kept.
     """
-    assert out.is_contiguous() and out.dtype == weights.arena.dtype, out.stride()
+    assert out.is_contiguous(), out.stride()
+    assert out.dtype == (weights.arena.dtype if adds else torch.float32), out.dtype
     blocks = group.column_blocks(max(tuning.columns))
     max_items = (units.shape[0] - 1) * blocks[2]
     num_programs = min(max_items, tuning.programs_per_processor * num_processors)
@@ -78,6 +84,7 @@ def expand_few(
         COLUMNS=tuning.columns,
         MAX_COLUMNS=max(tuning.columns),
         TILE_ROWS=tile_rows,
+        ADDS=adds,
         OVERLAPS=overlaps,
         num_warps=tuning.num_warps,
         num_stages=1,
@@ -117,6 +124,7 @@ def _expand_few_kernel(
     COLUMNS: tl.constexpr,
     MAX_COLUMNS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    ADDS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Program by program: some columns of one linear, all their ranks, all rows of a unit."""
@@ -154,7 +162,8 @@ def _expand_few_kernel(
         next_unit = tl.load(unit_ptr + 4, mask=more, other=0)
         next_variant = tl.load(unit_ptr + 5, mask=more, other=0)
 
-        if num_ranks > 0:
+        # Of no ranks at all, the delta is zero: it has to be written where nothing is added.
+        if (num_ranks > 0) | (not ADDS):
             num_ranks = tl.multiple_of(num_ranks, 8)
             first_rank = tl.multiple_of(first_rank, 8)
             b_ptr = arena_ptr + tl.multiple_of(b_offset, 32)
@@ -177,6 +186,7 @@ def _expand_few_kernel(
                         NUM_SPLITS,
                         RANKS[size],
                         COLUMNS[size],
+                        ADDS,
                         OVERLAPS,
                     )
                 elif variant == len(RANKS) + size:
@@ -194,6 +204,7 @@ def _expand_few_kernel(
                         RANKS[size],
                         COLUMNS[len(RANKS) + size],
                         TILE_ROWS,
+                        ADDS,
                         OVERLAPS,
                     )
         first_row = next_first_row
@@ -219,6 +230,7 @@ def _expand_row(
     NUM_SPLITS: tl.constexpr,
     TILE_RANKS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
+    ADDS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     columns = first_column + tl.arange(0, TILE_COLUMNS)
@@ -227,14 +239,17 @@ def _expand_row(
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
     mask = columns < width
-    before = tl.load(out_ptr + columns, mask=mask, other=0.0)
+    if ADDS:
+        before = tl.load(out_ptr + columns, mask=mask, other=0.0)
     # One by one: each thread loads what its part of B needs, nothing has to be exchanged.
     shrunk = tl.zeros([TILE_RANKS], tl.float32)
     for split in tl.static_range(NUM_SPLITS):
         ptrs = partial_ptr + split * split_stride + ranks
         shrunk += tl.load(ptrs, mask=ranks < num_ranks, other=0.0)
     delta = tl.sum(b.to(tl.float32) * shrunk[None, :], 1)
-    after = before.to(tl.float32) + scaling * delta
+    after = scaling * delta
+    if ADDS:
+        after += before.to(tl.float32)
     tl.store(out_ptr + columns, after.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -253,6 +268,7 @@ def _expand_rows(
     TILE_RANKS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    ADDS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     rows = tl.arange(0, TILE_ROWS)
@@ -263,14 +279,17 @@ def _expand_rows(
         tl.extra.cuda.gdc_wait()
     out_ptrs = out_ptr + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < width)[None, :]
-    before = tl.load(out_ptrs, mask=mask, other=0.0)
+    if ADDS:
+        before = tl.load(out_ptrs, mask=mask, other=0.0)
     shrunk = tl.load(
         shrunk_ptr + rows[:, None] * SCRATCH_COLUMNS + ranks[None, :],
         mask=(rows < num_rows)[:, None] & (ranks < num_ranks)[None, :],
         other=0.0,
     )
     delta = tl.dot(shrunk, tl.trans(b), input_precision="ieee")
-    after = before.to(tl.float32) + scaling * delta
+    after = scaling * delta
+    if ADDS:
+        after += before.to(tl.float32)
     tl.store(out_ptrs, after.to(out_ptr.dtype.element_ty), mask)
 
 

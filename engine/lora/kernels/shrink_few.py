@@ -63,6 +63,7 @@ def shrink_few(
     num_processors: int,
     tuning: ShrinkFewTuning,
     overlaps: bool,
+    is_first_of_fork: bool = False,
 ) -> None:
     """``x Aᵀ`` of every row of ``units``, for all linears of ``group``, into ``scratch``.
 
@@ -76,7 +77,8 @@ def shrink_few(
     of units alone.
 
     Where ``overlaps``, the launch may begin before the last one on the stream is done; it waits
-    for that with its first look at ``x`` or ``scratch``.
+    for that with its first look at ``x`` or ``scratch``. As ``is_first_of_fork`` it does not, since
+    what it depends on was launched on another stream; the next one on its stream still may.
     """
     assert x.is_contiguous() and x.shape[1] == group.in_features, (x.shape, group)
     assert x.dtype == weights.arena.dtype == scratch.shrunk.dtype, x.dtype
@@ -120,7 +122,7 @@ def shrink_few(
         OVERLAPS=overlaps,
         num_warps=tuning.num_warps,
         maxnreg=tuning.max_registers,
-        launch_pdl=overlaps,
+        launch_pdl=overlaps and not is_first_of_fork,
     )
 
 

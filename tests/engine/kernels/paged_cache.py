@@ -10,6 +10,7 @@ from engine.kernels.decode_workspace import DecodeTuning, DecodeWorkspace
 from engine.kernels.head_rotation import HeadRotation
 from engine.kernels.overlap import may_overlap
 from engine.kernels.paged_decode import paged_decode
+from engine.lora.delta import Delta
 
 BLOCK_SIZE = 16
 # Few and small, so that the interpreter is quick and contexts have many splits.
@@ -104,6 +105,7 @@ def run(
     workspace: DecodeWorkspace,
     max_context: int | None = None,
     rotation: HeadRotation | None = None,
+    delta: Delta | None = None,
 ) -> Tensor:
     """Paged decode of one row a sequence, its results written over what is not a number."""
     out = torch.full_like(query, torch.nan, memory_format=torch.contiguous_format)
@@ -121,6 +123,7 @@ def run(
         max_context,
         workspace,
         rotation=rotation,
+        delta=delta,
     )
     assert not workspace.arrivals.any()
     return out

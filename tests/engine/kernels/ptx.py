@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from engine.kernels.add_residual import add_residual
 from engine.kernels.causal_hopper import HEAD_DIMS, CausalTuning, causal_hopper
 from engine.kernels.decode_workspace import DecodeWorkspace
 from engine.kernels.head_rotation import HeadRotation
@@ -25,6 +26,7 @@ from engine.kernels.paged_decode import paged_decode
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope_kv import rope_kv
 from engine.kernels.silu_mul import silu_mul
+from engine.lora.delta import Delta
 from engine.lora.kernels.expand_few import expand_few
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from engine.lora.kernels.shrink_few import shrink_few
@@ -86,10 +88,15 @@ def launches() -> dict[str, Callable[[], object]]:
     tables = torch.zeros(_NUM_ROWS, 2, dtype=torch.int32)
     workspace = DecodeWorkspace(32, 8, 128, _NUM_PROCESSORS, torch.device("cpu"), overlaps=True)
 
-    def decode(turn: HeadRotation | None, rows: Tensor | None = None) -> None:
+    def delta_of(out: Tensor) -> Delta:
+        return Delta(torch.zeros(out.shape), integers, overlaps=True)
+
+    def decode(
+        turn: HeadRotation | None, rows: Tensor | None = None, delta: Delta | None = None
+    ) -> None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         paged_decode(
-            out, query, key, value, keys, keys, tables, integers, 32, workspace, rows, turn
+            out, query, key, value, keys, keys, tables, integers, 32, workspace, rows, turn, delta
         )
 
     def shrink() -> None:
@@ -108,10 +115,10 @@ def launches() -> dict[str, Callable[[], object]]:
             True,
         )
 
-    def expand() -> None:
+    def expand(out: Tensor, adds: bool) -> None:
         num_splits, _ = tuning.shrink_few.cut_row(qkv_shape.in_features)
         expand_few(
-            qkv,
+            out,
             weights,
             scratch,
             units,
@@ -123,6 +130,7 @@ def launches() -> dict[str, Callable[[], object]]:
             _NUM_PROCESSORS,
             tuning.expand_few,
             True,
+            adds,
         )
 
     tuning = LoraTuning()
@@ -136,15 +144,23 @@ def launches() -> dict[str, Callable[[], object]]:
 
     return {
         "shrink_few": shrink,
-        "expand_few": expand,
+        "expand_few": lambda: expand(qkv, adds=True),
+        "expand_few_apart": lambda: expand(torch.zeros(qkv.shape), adds=False),
         "rms_norm": lambda: rms_norm(x, weight, 1e-5, overlaps=True),
         "add_rms_norm": lambda: add_rms_norm(x, x, weight, 1e-5, overlaps=True),
+        "add_rms_norm_of_delta": lambda: add_rms_norm(
+            x, x, weight, 1e-5, overlaps=True, delta=delta_of(x)
+        ),
+        "add_residual_of_delta": lambda: add_residual(x, x, delta_of(x), overlaps=True),
         "silu_mul": lambda: silu_mul(x, overlaps=True),
+        "silu_mul_of_delta": lambda: silu_mul(x, overlaps=True, delta=delta_of(x)),
         "rope_kv": lambda: rope_kv(qkv, turn, by_slot, by_slot, overlaps=True),
         "rope_kv_with_norms": lambda: rope_kv(qkv, turn_and_norm, by_slot, by_slot, overlaps=True),
         "paged_decode": lambda: decode(None, integers),
         "paged_decode_of_projections": lambda: decode(turn),
         "paged_decode_of_projections_with_norms": lambda: decode(turn_and_norm),
+        "paged_decode_of_delta": lambda: decode(turn, delta=delta_of(qkv)),
+        "paged_decode_of_delta_with_norms": lambda: decode(turn_and_norm, delta=delta_of(qkv)),
     }
 
 

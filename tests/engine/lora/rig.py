@@ -66,10 +66,12 @@ class LoraRig:
     Whatever no adapter owns is NaN: the arena, the kernels' scratch memory.
     """
 
-    def __init__(self, dtype: DType, pool_bytes: int | None = None) -> None:
+    def __init__(
+        self, dtype: DType, pool_bytes: int | None = None, sizes: Sizes | None = None
+    ) -> None:
         on_gpu = torch.cuda.is_available()
         self.device: Device = CudaDevice() if on_gpu else CpuDevice()
-        self.sizes = GPU_SIZES if on_gpu else CPU_SIZES
+        self.sizes = sizes or (GPU_SIZES if on_gpu else CPU_SIZES)
         self.tuning = LoraTuning() if on_gpu else CPU_TUNING
         linears = tuple(
             LinearShape(name, f"block.{name}", self.sizes[name][1], self.sizes[name][0])
@@ -89,9 +91,9 @@ class LoraRig:
         self.images: dict[AdapterId, LoraImage] = {}
         self._free_below = pool_bytes // 128 * 128
 
-    def lora(self, overlaps: bool = True) -> TritonLora:
-        """The backend; its scratch memory begins as NaN."""
-        tuning = replace(self.tuning, overlaps=overlaps)
+    def lora(self, overlaps: bool = True, forks: bool = True) -> TritonLora:
+        """The backend; its scratch memory begins as NaN, that of deltas included."""
+        tuning = replace(self.tuning, overlaps=overlaps, forks=forks)
         # Fills memory that nothing was written to.
         torch.use_deterministic_algorithms(True)
         try:
@@ -152,13 +154,12 @@ class LoraRig:
     def add_and_check(
         self, step: LoraStep, segments: tuple[Segment, ...], layer: int, group: int, num_rows: int
     ) -> None:
-        """Lets ``step``, which is for ``segments``, add to a projection's output; checks it."""
+        """Lets ``step``, which is for ``segments``, make a projection's output; checks it."""
         columns = self.groups[group]
         x, before = self.inputs(columns, num_rows)
-        out = before.clone()
         self.device.synchronize()
         with self.device.forward_stream():
-            step.add(layer, columns, x, out)
+            out = step.project(layer, columns, x, before.clone).total()
         self.check(segments, layer, columns, x, before, out)
 
     def check(

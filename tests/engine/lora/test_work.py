@@ -10,8 +10,10 @@ from engine.lora.work import (
     UNIT_WORDS,
     RowSegment,
     UnitShape,
+    flag_rows,
     list_row_tiles,
     list_units,
+    num_flag_rows,
 )
 
 SHAPE = UnitShape(
@@ -96,6 +98,14 @@ def test_every_rank_and_column_of_every_row_is_in_one_unit(rng: random.Random) -
             of_segment = [unit for unit in kinds[0] + kinds[2] if unit[0] == segment.index]
             assert {unit[3] for unit in of_segment} == {num_alone}
             num_alone += 1
+
+
+def test_rows_in_a_segment_are_flagged_and_no_others() -> None:
+    segments = [RowSegment(1, 8, 2, 3), RowSegment(4, 8, 20, 26)]
+    flags = flag_rows(segments, 30)
+    assert flags.shape == (num_flag_rows(30), UNIT_WORDS) == (2, 24)
+    assert flags.reshape(-1).nonzero()[0].tolist() == [2, 20, 21, 22, 23, 24, 25]
+    assert flag_rows([], 24).shape == (1, 24) and not flag_rows([], 24).any()
 
 
 def test_tiles_cover_each_row_of_large_segments_once(rng: random.Random) -> None:
