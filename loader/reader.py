@@ -19,7 +19,7 @@ from loader.load_trace import LoadTrace
 
 logger = logging.getLogger(__name__)
 
-# Of a thread that reads: whoever else wants the core gets most of it.
+# Of a thread that reads, above the process's own: whoever else wants the core gets most of it.
 _NICENESS = 10
 
 
@@ -117,7 +117,7 @@ class Reader:
 
     def _run(self) -> None:
         # Linux keeps a niceness for each thread.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        os.nice(_NICENESS)
         block_reader = BlockReader()
         work = self._wait_for_block()
         while work is not None:
