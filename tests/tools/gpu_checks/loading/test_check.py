@@ -110,7 +110,14 @@ def test_a_server_that_does_not_start_is_told_with_its_log_and_leaves_the_others
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("rows", ["cold-warm,pr-workload", "cohorts,power-law"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "pr-workload",
+        pytest.param("cold-warm,cohorts", marks=pytest.mark.long),
+        pytest.param("power-law,blocking-vs-default", marks=pytest.mark.long),
+    ],
+)
 def test_with_toys_servers_answer_every_request_of_the_rows(rows: str, tmp_path: Path) -> None:
     arguments = ["--part", "loading", "--rows", rows, "--device", "cpu", "--tiny"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
