@@ -23,6 +23,9 @@ from tests.engine.kernels.test_cuda_attention import (
 )
 from tests.engine.lora.rig import LoraRig, segments_of
 
+# The interpreter takes half a minute for it.
+pytestmark = pytest.mark.long
+
 HIDDEN, INNER = CONFIG.hidden_size, CONFIG.intermediate_size
 SIZES = {
     "q_proj": (CONFIG.query_size, HIDDEN),

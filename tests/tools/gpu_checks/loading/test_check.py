@@ -113,7 +113,7 @@ def test_a_server_that_does_not_start_is_told_with_its_log_and_leaves_the_others
 @pytest.mark.parametrize(
     "rows",
     [
-        "pr-workload",
+        pytest.param("pr-workload", marks=pytest.mark.long),
         pytest.param("cold-warm,cohorts", marks=pytest.mark.long),
         pytest.param("power-law,blocking-vs-default", marks=pytest.mark.long),
     ],
