@@ -11,8 +11,9 @@ from ipc.messages import AdapterId, AdapterSource, Forget, LoadId, Manifest, War
 class BeginLoad:
     """A slot is reserved: tell the placer, then send the loader ``Stage``.
 
-    ``extents`` are bytes from the arena's start, one for each stage of ``layout``. A step that was
-    launched before may still read what lay there: the first copy into them waits for it.
+    ``extents`` are bytes from the arena's start, one for each stage of ``layout``. With
+    ``follows_steps`` one that was launched before may still read what lay there: the first copy
+    into them waits for it.
     """
 
     load_id: LoadId
@@ -20,6 +21,7 @@ class BeginLoad:
     source: AdapterSource
     layout: ImageLayout
     extents: tuple[int, ...]
+    follows_steps: bool
 
 
 @dataclass(frozen=True, slots=True)

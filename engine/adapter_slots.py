@@ -30,7 +30,8 @@ class PooledAdapter:
     ``num_requests`` counts its unfinished sequences, ``num_uses`` the running ones of them.
     ``extents`` are the offsets of its slot, one for each stage of ``layout``; the first
     ``num_placed_layers`` decoder layers lie there whole, and more than none of them means that the
-    pool's table has the adapter.
+    pool's table has the adapter. ``last_step`` is the newest step that reads them there, by the
+    count of launches.
     """
 
     adapter_id: AdapterId
@@ -46,6 +47,7 @@ class PooledAdapter:
     num_lost_loaders: int = 0
     num_requests: int = 0
     num_uses: int = 0
+    last_step: int = 0
 
     @property
     def num_slot_bytes(self) -> int:
@@ -70,6 +72,12 @@ class AdapterSlots:
         self._idle: OrderedDict[AdapterId, PooledAdapter] = OrderedDict()
         self._pinned: dict[AdapterId, PooledAdapter] = {}
         self._version = 0
+        self._last_vacated_step = 0
+
+    @property
+    def last_vacated_step(self) -> int:
+        """The newest step that reads any slot which was taken back so far."""
+        return self._last_vacated_step
 
     @property
     def version(self) -> int:
@@ -140,6 +148,7 @@ class AdapterSlots:
         """Takes the slot back: the adapter is ABSENT."""
         self._pool.free(adapter.extents, adapter.layout.stage_bytes)
         del self._owners[adapter.adapter_id]
+        self._last_vacated_step = max(self._last_vacated_step, adapter.last_step)
         adapter.extents = ()
         adapter.num_placed_layers = 0
         adapter.state = AdapterState.ABSENT

@@ -91,6 +91,7 @@ class Engine:
                 max_adapter_wait_s=config.max_adapter_wait_s,
                 eos_token_ids=frozenset(model.eos_token_ids),
                 adapter_loading=config.adapter_loading,
+                launches_apart=compute.has_graphs,
             ),
             blocks,
             residency,

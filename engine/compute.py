@@ -25,7 +25,10 @@ from ipc.base_model import BaseModel, DType
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """What runs a plan, and what a plan may refer to: blocks of the cache, adapters of the pool."""
+    """What runs a plan, and what a plan may refer to: blocks of the cache, adapters of the pool.
+
+    ``has_graphs``: steps that have decodes alone are launched at once, as graphs.
+    """
 
     model: ModelConfig
     dtype: DType
@@ -35,6 +38,7 @@ class Compute:
     pool: AdapterPool
     tables: tuple[ResidentTable, ...]
     runner: ModelRunner
+    has_graphs: bool
 
 
 def build_compute(
@@ -73,4 +77,6 @@ def build_compute(
     runner = ModelRunner(
         decoder, config.block_size, attention, lora, sampler, device, drawn, graphs, around_group
     )
-    return Compute(model, dtype, base, decoder, num_blocks, pool, tables, runner)
+    return Compute(
+        model, dtype, base, decoder, num_blocks, pool, tables, runner, graphs is not None
+    )

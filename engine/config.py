@@ -73,7 +73,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    chunked_prefill_size: int | None = None
+    chunked_prefill_size: int | None = 640
     max_waiting: int = 4096
     block_size: int = 16
     kv_cache_bytes: int | None = None

@@ -197,7 +197,7 @@ class EngineCore:
             launched_s = time.monotonic()
             self._in_flight.append((plan, self._runner.launch(plan), launched_s))
             self._scheduler.launched(plan)
-            self._pacer.launch_took(time.monotonic() - begin_s)
+            self._pacer.launch_took(plan, time.monotonic() - begin_s)
         busy = bool(self._in_flight)
         # With nothing new to run, only what is in flight can lead to something.
         self._complete_steps(num_left=1 if self._overlap_steps and not plan.is_empty else 0)
@@ -246,6 +246,9 @@ class EngineCore:
         if len(self._in_flight) != 1:
             return
         plan, _, launched_s = self._in_flight[0]
+        if plan.layer_group is not None and not self._scheduler.awaits_layers:
+            # What the next group has is known.
+            return
         due_s = self._pacer.next_launch_s(plan, max(launched_s, self._completed_s))
         while due_s is not None and not self._is_stopping:
             left_s = due_s - time.monotonic()

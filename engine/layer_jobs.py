@@ -46,7 +46,7 @@ class _Job:
     """``chunk`` went through the layers before ``next_layer``, or will in the steps in flight."""
 
     chunk: ScheduledChunk
-    adapter_id: AdapterId
+    adapter_id: AdapterId | None
     next_layer: int = 0
 
 
@@ -72,6 +72,16 @@ class LayerJobs:
         """What the step that is being scheduled computes of the job."""
         return self._planned
 
+    @property
+    def is_free(self) -> bool:
+        """Whether a job may begin."""
+        return self._job is None
+
+    @property
+    def awaits_layers(self) -> bool:
+        """Whether the job will go on with what arrives."""
+        return self._job is not None and _waits(self._job)
+
     def has(self, sequence: Sequence) -> bool:
         """Whether the job is this sequence's."""
         return self._job is not None and self._job.chunk.sequence is sequence
@@ -80,7 +90,7 @@ class LayerJobs:
         """Plans nothing yet. A job whose adapter has lost what was placed of it is dropped."""
         self._planned = None
         job = self._job
-        if job is not None and self._residency.num_placed_layers(job.adapter_id) < job.next_layer:
+        if job is not None and self._num_placed_layers(job) < job.next_layer:
             self.drop(job.chunk.sequence)
 
     def make_room(self) -> bool:
@@ -97,6 +107,11 @@ class LayerJobs:
             self._job = None
             self._blocks.release(sequence)
 
+    def begin(self, sequence: Sequence) -> None:
+        """Begins the job of a running sequence, whose blocks are there."""
+        assert self._job is None, "there is one job at a time"
+        self._job = self._new_job(sequence)
+
     def plan(self, budget: int) -> int:
         """Plans the job's next layers for the step; returns their share of ``budget``, above 0.
 
@@ -107,8 +122,7 @@ class LayerJobs:
         assert job is not None and self._planned is None, "a step has one group"
         num_layers = self._residency.num_layers
         most = max(1, budget * num_layers // job.chunk.num_tokens)
-        placed = self._residency.num_placed_layers(job.adapter_id)
-        layers = range(job.next_layer, min(placed, job.next_layer + most))
+        layers = range(job.next_layer, min(self._num_placed_layers(job), job.next_layer + most))
         if not layers:
             return 0
         self._planned = LayerGroup(job.chunk, layers, num_layers)
@@ -127,7 +141,7 @@ class LayerJobs:
         ``may_begin`` says whether anything but its adapter keeps a sequence waiting.
         """
         if self._job is None:
-            self._begin(waiting, may_begin, num_running)
+            self._begin_waiting(waiting, may_begin, num_running)
         job = self._job
         if job is not None and _waits(job) and may_begin(job.chunk.sequence):
             self.plan(budget)
@@ -143,7 +157,7 @@ class LayerJobs:
         if group.is_last:
             self._job = None
 
-    def _begin(
+    def _begin_waiting(
         self, waiting: WaitingQueue, may_begin: Callable[[Sequence], bool], num_running: int
     ) -> None:
         """The earliest sequence whose adapter is there in part, if there are blocks for it."""
@@ -158,13 +172,19 @@ class LayerJobs:
             each for each in firsts if each.state is SequenceState.WAITING and may_begin(each)
         )
         sequence = min(candidates, key=lambda each: each.place, default=None)
-        if sequence is None or not self._blocks.admit(sequence, num_spare=num_running):
-            return
-        assert sequence.adapter_id is not None
+        if sequence is not None and self._blocks.admit(sequence, num_spare=num_running):
+            self._job = self._new_job(sequence)
+
+    def _new_job(self, sequence: Sequence) -> _Job:
         num_tokens = min(sequence.num_uncomputed_tokens, self._max_chunk_tokens)
         samples = num_tokens == sequence.num_uncomputed_tokens
         chunk = ScheduledChunk(sequence, sequence.num_computed_tokens, num_tokens, samples)
-        self._job = _Job(chunk, sequence.adapter_id)
+        return _Job(chunk, sequence.adapter_id)
+
+    def _num_placed_layers(self, job: _Job) -> int:
+        if job.adapter_id is None:
+            return self._residency.num_layers
+        return self._residency.num_placed_layers(job.adapter_id)
 
 
 def _waits(job: _Job) -> bool:

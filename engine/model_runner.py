@@ -1,6 +1,5 @@
 """Launches a step's plan: inputs, forward pass, next tokens."""
 
-from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -15,8 +14,6 @@ from engine.lora.linear import LoraBackend
 from engine.models.decoder import Decoder
 from engine.plan import LaunchedStep, ScheduledChunk, StepPlan
 from engine.sampler import Sampler
-
-Chunks = tuple[ScheduledChunk, ...]
 
 
 class StepGraphs(Protocol):
@@ -38,9 +35,6 @@ class ModelRunner:
     what stands before a chunk was computed in a step launched earlier (or belongs to another chunk
     of this one). The keys and values of its tokens are in the cache for all that is launched later.
     Its layer group, whose adapter may still be arriving, is launched by itself behind the chunks.
-    So are, where there are graphs, prefills behind the decodes that a graph takes: launched one by
-    one, a step's hundreds of kernels would keep the decodes waiting for the host. It costs one more
-    reading of the weights.
 
     The tokens that a step draws stay on the device, in ``drawn`` ``[max_num_seqs]`` int64, and
     feed the next one. ``graphs``, which read them there, take the steps that fit them.
@@ -98,7 +92,7 @@ class ModelRunner:
 
     def _logits_of_samples(self, plan: StepPlan) -> Tensor | None:
         """Logits ``[num_samples, vocab]`` in the plan's order; None if nothing samples."""
-        parts = [self._logits_of_chunks(chunks) for chunks in self._apart(plan.chunks)]
+        parts = [self._logits_of_chunks(plan.chunks)] if plan.chunks else []
         if plan.layer_group is not None:
             parts.append(self._layers.run(plan.layer_group))
         of_parts = [logits for logits in parts if logits is not None]
@@ -106,14 +100,7 @@ class ModelRunner:
             return of_parts[0] if of_parts else None
         return torch.cat(of_parts)
 
-    def _apart(self, chunks: Chunks) -> list[Chunks]:
-        """What is launched together: decodes, which come first in a plan, and the others."""
-        num_decodes = 0
-        if self._graphs is not None:
-            num_decodes = sum(1 for _ in takewhile(_is_decode, chunks))
-        return [part for part in (chunks[:num_decodes], chunks[num_decodes:]) if part]
-
-    def _logits_of_chunks(self, chunks: Chunks) -> Tensor | None:
+    def _logits_of_chunks(self, chunks: tuple[ScheduledChunk, ...]) -> Tensor | None:
         batch = flatten(StepPlan(chunks), self._block_size)
         # The graphs, too, take it on trust that what is pending was drawn.
         assert batch.pending_samples.max(initial=-1) < self._num_drawn, "nothing was drawn"
@@ -140,7 +127,3 @@ class ModelRunner:
             return tensors.token_ids
         drawn = self._drawn[tensors.pending_samples]
         return tensors.token_ids.index_copy(0, tensors.pending_rows, drawn)
-
-
-def _is_decode(chunk: ScheduledChunk) -> bool:
-    return chunk.num_tokens == 1 and chunk.samples

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.sequence import Sequence
-from ipc.messages import FinishReason, TokenLogprobs
+from ipc.messages import AdapterId, FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,20 @@ class StepPlan:
         if self.layer_group is None or not self.layer_group.is_last:
             return self.chunks
         return (*self.chunks, self.layer_group.chunk)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the step has one token of each sequence, and draws the next."""
+        if self.layer_group is not None:
+            return False
+        return all(chunk.num_tokens == 1 and chunk.samples for chunk in self.chunks)
+
+    @property
+    def adapter_ids(self) -> frozenset[AdapterId]:
+        """Those whose slots the step reads."""
+        chunks = self.chunks if self.layer_group is None else (*self.chunks, self.layer_group.chunk)
+        adapter_ids = (chunk.sequence.adapter_id for chunk in chunks)
+        return frozenset(each for each in adapter_ids if each is not None)
 
     @property
     def num_tokens(self) -> int:

@@ -78,6 +78,8 @@ class AdapterResidency:
         self._num_loaders = 0
         self._loader_is_connected = False
         self._next_load_id = 1
+        self._num_launched = 0
+        self._num_completed = 0
         self._actions: list[AdapterAction] = []
         # A layout has hundreds of entries: adapters of one shape share it.
         self._lay_out = lru_cache(maxsize=64)(partial(layout_image, base))
@@ -252,6 +254,17 @@ class AdapterResidency:
         assert adapter.num_uses >= 0, "an adapter was released more often than acquired"
         self._slots.update(adapter)
 
+    def step_launched(self, adapter_ids: Iterable[AdapterId]) -> None:
+        """A step is in flight, behind all before it, that reads these adapters' slots."""
+        self._num_launched += 1
+        for adapter_id in adapter_ids:
+            self._adapters[adapter_id].last_step = self._num_launched
+
+    def step_completed(self) -> None:
+        """The earliest step in flight reads nothing any more."""
+        self._num_completed += 1
+        assert self._num_completed <= self._num_launched, "a step is launched before it is complete"
+
     # --- What the placer and the loader report -------------------------------------------------
 
     def stages_placed(self, load_id: LoadId, num_stages: int) -> None:
@@ -357,7 +370,15 @@ class AdapterResidency:
         self._loads[load_id] = adapter
         self._preload.pop(adapter.adapter_id, None)
         self._actions.append(
-            BeginLoad(load_id, adapter.adapter_id, adapter.source, adapter.layout, adapter.extents)
+            BeginLoad(
+                load_id,
+                adapter.adapter_id,
+                adapter.source,
+                adapter.layout,
+                adapter.extents,
+                # Of whom this slot was is not kept: a step may read another's that is free, too.
+                follows_steps=self._slots.last_vacated_step > self._num_completed,
+            )
         )
 
     def evict(self, adapter: PooledAdapter) -> None:

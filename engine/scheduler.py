@@ -1,6 +1,6 @@
 """Which tokens the next step computes: continuous batching with chunked prefill.
 
-A step takes, within ``max_num_batched_tokens``:
+On a CPU a step takes, within ``max_num_batched_tokens``:
 
 1. every running sequence that has one token to compute (decodes),
 2. the running sequences that have more (prefills), in order of arrival,
@@ -8,6 +8,8 @@ A step takes, within ``max_num_batched_tokens``:
    KV blocks for all their tokens and one to spare for every running sequence.
 
 Beside decodes, prefills get ``chunked_prefill_size`` tokens at most: what they take, decodes wait.
+On a GPU, where prefills are launched apart, a step has either 1, or 2 and 3, in turn: see
+``engine.step_turns``.
 
 When a decode finds no block, the running sequence that arrived last goes back to waiting and is
 computed anew later; its place in the queue is still the one that it had.
@@ -46,7 +48,7 @@ of these four:
   flight reaches a block that anybody finds.
 - A preempted or paused sequence still takes the token that it has in flight, drawn from blocks that
   nobody could overwrite before; it is admitted again only when none of its tokens is pending.
-- An adapter's slot is written only behind all steps launched before it was given away.
+- An adapter's slot is written only behind all steps that read it before it was given away.
 """
 
 import logging
@@ -63,6 +65,7 @@ from engine.plan import SampledToken, ScheduledChunk, SequenceProgress, StepPlan
 from engine.residency import AdapterResidency
 from engine.rotation import Rotation
 from engine.sequence import Sequence, SequenceId, SequenceState
+from engine.step_turns import PrefillRoom, StepTurns
 from engine.step_wait import StepWait, StepWaitStats
 from engine.waiting_queue import WaitingQueue
 from ipc.errors import InvalidRequest
@@ -75,6 +78,8 @@ logger = logging.getLogger(__name__)
 class SchedulerLimits:
     """What a step and a sequence are bounded by; ``max_sequence_tokens`` is prompt and output.
 
+    With ``launches_apart`` no step has both decodes and prefills.
+
     Raises:
         InvalidRequest: a full batch of decodes would not fit into a step.
     """
@@ -86,6 +91,7 @@ class SchedulerLimits:
     eos_token_ids: frozenset[int]
     adapter_loading: AdapterLoading
     chunked_prefill_size: int | None = None
+    launches_apart: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -149,6 +155,10 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._step_wait = StepWait(limits.adapter_loading)
         self._layer_jobs = LayerJobs(residency, blocks, limits.max_num_batched_tokens)
+        self._turns: StepTurns | None = None
+        if limits.launches_apart:
+            most = limits.max_num_batched_tokens
+            self._turns = StepTurns(most, min(most, limits.chunked_prefill_size or most))
         # In order of arrival.
         self._running: list[Sequence] = []
         # Where in what the last launched step draws each sequence's token is.
@@ -187,6 +197,11 @@ class Scheduler:
     @property
     def layer_jobs(self) -> LayerJobStats:
         return self._layer_jobs.stats
+
+    @property
+    def awaits_layers(self) -> bool:
+        """Whether a prefill is under way whose adapter is still arriving."""
+        return self._layer_jobs.awaits_layers
 
     @property
     def awaits_tokens(self) -> bool:
@@ -257,28 +272,20 @@ class Scheduler:
             overdue = self._find_overdue(now_s)
         self._layer_jobs.begin_step()
         chunks: list[ScheduledChunk] = []
-        num_preemptions = self.stats.num_preemptions
-        self._schedule_decodes(chunks)
-        budget = self._limits.max_num_batched_tokens - len(chunks)
-        if chunks and self._limits.chunked_prefill_size is not None:
-            budget = min(budget, self._limits.chunked_prefill_size)
-        for sequence in self._running:
-            if not budget:
-                break
-            if self._layer_jobs.has(sequence):
-                budget -= self._layer_jobs.plan(budget)
-            elif sequence.num_uncomputed_tokens > 1:
-                budget -= _add_chunk(chunks, sequence, budget)
-        waits = False
-        # What was just preempted would come straight back, and take the blocks it gave.
-        if num_preemptions == self.stats.num_preemptions:
-            waits = self._admit(chunks, budget, overdue, now_s)
+        self._held_until_s = None
+        if self._turns is None:
+            waits = self._plan_together(chunks, overdue, now_s)
+        else:
+            waits = self._plan_apart(self._turns, chunks, overdue, now_s)
         self._step_wait.update(waits, now_s)
         return StepPlan(() if waits else tuple(chunks), self._layer_jobs.planned)
 
     def launched(self, plan: StepPlan) -> None:
         """The step is in flight: the tokens that it draws are pending."""
         self._sample_indices = {}
+        self._residency.step_launched(plan.adapter_ids)
+        if self._turns is not None:
+            self._turns.launched(plan)
         if plan.layer_group is not None:
             self._layer_jobs.launched(plan.layer_group)
         for chunk in plan.completed_chunks:
@@ -296,6 +303,7 @@ class Scheduler:
         a sequence is reported like any other. A sequence that ended while the step was in flight
         is not in the answer.
         """
+        self._residency.step_completed()
         tokens = iter(sampled)
         progress: list[SequenceProgress] = []
         for chunk in plan.completed_chunks:
@@ -326,17 +334,80 @@ class Scheduler:
         )
         self._blocks.assert_idle()
 
+    def _plan_together(
+        self, chunks: list[ScheduledChunk], overdue: Sequence | None, now_s: float
+    ) -> bool:
+        """Decodes, and prefills behind them; True if the step has to wait for an adapter."""
+        num_preemptions = self.stats.num_preemptions
+        self._schedule_decodes(chunks)
+        budget = self._limits.max_num_batched_tokens - len(chunks)
+        if chunks and self._limits.chunked_prefill_size is not None:
+            budget = min(budget, self._limits.chunked_prefill_size)
+        room = PrefillRoom.together(budget)
+        self._continue_prefills(chunks, room)
+        # What was just preempted would come straight back, and take the blocks it gave.
+        if num_preemptions != self.stats.num_preemptions:
+            return False
+        return self._admit(chunks, room, overdue, now_s)
+
+    def _plan_apart(
+        self, turns: StepTurns, chunks: list[ScheduledChunk], overdue: Sequence | None, now_s: float
+    ) -> bool:
+        """Prefills or decodes, whose turn it is; True if the step has to wait for an adapter."""
+        room = turns.begin_step(beside_decodes=any(map(self._may_decode, self._running)))
+        self._continue_prefills(chunks, room)
+        if self._admit(chunks, room, overdue, now_s):
+            return True
+        if not chunks and self._layer_jobs.planned is None:
+            self._schedule_decodes(chunks)
+            turns.take_decodes()
+        return False
+
     def _schedule_decodes(self, chunks: list[ScheduledChunk]) -> None:
         # A copy, as preemption takes from its end: those are skipped by their state.
         for sequence in tuple(self._running):
-            if sequence.num_uncomputed_tokens != 1 or sequence.state is not SequenceState.RUNNING:
+            if sequence.state is not SequenceState.RUNNING or not self._may_decode(sequence):
                 continue
             assert not self._layer_jobs.has(sequence), "a job of one token ends when it is admitted"
-            # Without a pending token it would have ended.
-            if sequence.num_pending_tokens and self._reaches_length(sequence):
-                continue
             if self._extend(sequence):
                 chunks.append(self._decode(sequence))
+
+    def _may_decode(self, sequence: Sequence) -> bool:
+        if sequence.num_uncomputed_tokens != 1:
+            return False
+        # Without a pending token it would have ended.
+        return not sequence.num_pending_tokens or not self._reaches_length(sequence)
+
+    def _continue_prefills(self, chunks: list[ScheduledChunk], room: PrefillRoom) -> None:
+        for sequence in self._running:
+            is_prefill = sequence.num_uncomputed_tokens > 1 or self._layer_jobs.has(sequence)
+            if is_prefill and not self._schedule_prefill(chunks, room, sequence):
+                return
+
+    def _schedule_prefill(
+        self, chunks: list[ScheduledChunk], room: PrefillRoom, sequence: Sequence
+    ) -> bool:
+        """Gives a running sequence of what is left; False if that is nothing."""
+        if not self._has_place(room, sequence):
+            return False
+        if self._goes_by_layers(room, sequence):
+            if not self._layer_jobs.has(sequence):
+                self._layer_jobs.begin(sequence)
+            room.take_layers(self._layer_jobs.plan(room.for_layers))
+        else:
+            room.take_chunk(_add_chunk(chunks, sequence, room.for_chunks))
+        return True
+
+    def _goes_by_layers(self, room: PrefillRoom, sequence: Sequence) -> bool:
+        if self._layer_jobs.has(sequence):
+            return True
+        return room.is_too_small_for(sequence.num_uncomputed_tokens) and self._layer_jobs.is_free
+
+    def _has_place(self, room: PrefillRoom, sequence: Sequence) -> bool:
+        """Whether the step has room for a part of the sequence's prefill."""
+        if self._goes_by_layers(room, sequence):
+            return room.for_layers > 0
+        return room.takes_chunk_of(sequence.num_uncomputed_tokens)
 
     def _decode(self, sequence: Sequence) -> ScheduledChunk:
         pending_from = None
@@ -385,11 +456,14 @@ class Scheduler:
         self._waiting.add_last(sequence)
 
     def _admit(
-        self, chunks: list[ScheduledChunk], budget: int, overdue: Sequence | None, now_s: float
+        self,
+        chunks: list[ScheduledChunk],
+        room: PrefillRoom,
+        overdue: Sequence | None,
+        now_s: float,
     ) -> bool:
         """Adds waiting sequences; True if the step has to wait for the next one's adapter."""
-        self._held_until_s = None
-        if not self._has_room(budget) or not len(self._waiting):
+        if not self._may_admit(room) or not len(self._waiting):
             return False
         if self._cohorts is not None:
             self._held_until_s = self._cohorts.held_until_s(
@@ -426,18 +500,20 @@ class Scheduler:
             # Only a blocking engine gets here; without blocks the step could not have it anyway.
             if self._is_in_load(sequence):
                 return self._paused.can_admit(sequence, num_spare=len(self._running))
-            if self._layer_jobs.has(sequence):
-                self._start_running(sequence, now_s)
-                budget -= self._layer_jobs.plan(budget)
-            else:
-                # Without blocks the earliest waits, and a shorter later one must not overtake it.
-                if not self._admit_to_blocks(sequence):
-                    return False
-                self._start_running(sequence, now_s)
-                budget -= _add_chunk(chunks, sequence, budget)
-            if not self._has_room(budget):
+            # Without blocks the earliest waits, and a shorter later one must not overtake it; nor
+            # where a step's room is too small for what would fit into the next one whole.
+            if not self._has_place(room, sequence):
                 return False
-        self._layer_jobs.plan_waiting(self._waiting, may_begin, budget, len(self._running))
+            if not self._layer_jobs.has(sequence) and not self._admit_to_blocks(sequence):
+                return False
+            self._start_running(sequence, now_s)
+            self._schedule_prefill(chunks, room, sequence)
+            if not self._may_admit(room):
+                return False
+        if room.for_layers:
+            self._layer_jobs.plan_waiting(
+                self._waiting, may_begin, room.for_layers, len(self._running)
+            )
         return False
 
     def _admit_to_blocks(self, sequence: Sequence) -> bool:
@@ -450,8 +526,8 @@ class Scheduler:
         adapter_id = sequence.adapter_id
         return adapter_id is not None and self._residency.is_loading(adapter_id)
 
-    def _has_room(self, budget: int) -> bool:
-        return budget > 0 and len(self._running) < self._limits.max_num_seqs
+    def _may_admit(self, room: PrefillRoom) -> bool:
+        return not room.is_full and len(self._running) < self._limits.max_num_seqs
 
     def _find_overdue(self, now_s: float) -> Sequence | None:
         """The first in line that has waited too long for a slot."""

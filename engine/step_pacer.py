@@ -1,14 +1,20 @@
 """When the next step is to be launched, while the one before it runs.
 
 The earlier a step is launched, the less it knows: a request that arrives behind its launch, or an
-adapter that becomes resident, waits for the step after it. So the launch comes as late as it may
-without the device falling idle. That is known where steps repeat: a decode of the same sequences'
-adapters takes as long as the last one did. Every other step is followed by the next at once.
+adapter that becomes resident, or a layer of it, waits for the step after it. So the launch comes as
+late as it may without the device falling idle. That is known where steps repeat:
+
+| step                   | is expected to take                                                     |
+|------------------------|-------------------------------------------------------------------------|
+| decodes                | what the last ones of the same sequences' adapters did                  |
+| a group of layers      | for each layer what the last group did whose chunk was about as long    |
+
+Every other step is followed by the next at once.
 """
 
 from collections import deque
 
-from engine.plan import StepPlan
+from engine.plan import LayerGroup, StepPlan
 from ipc.messages import AdapterId
 
 # On top of what launching takes: a thread that sleeps wakes late.
@@ -17,12 +23,14 @@ _NUM_RECENT = 4
 _LEAST_RECENT = 2
 # Of a launch that took long, what the next ones are still expected to take.
 _FADING = 0.95
+# Groups differ more than decodes do: of what one is expected to take, the part that is sure.
+_SURE = 0.9
 
 Kind = tuple[AdapterId | None, ...]
 
 
 class StepPacer:
-    """Knows how long the latest decodes took, and how long the host takes to launch one.
+    """Knows how long the latest steps took, and how long the host takes to launch decodes.
 
     Times are those of one clock, in seconds. Used on the step thread.
     """
@@ -30,14 +38,25 @@ class StepPacer:
     def __init__(self) -> None:
         self._kind: Kind | None = None
         self._recent_s: deque[float] = deque(maxlen=_NUM_RECENT)
+        # Of a layer, by the bit length of its chunk's tokens.
+        self._layer_s: dict[int, float] = {}
         self._launch_s = 0.0
 
-    def launch_took(self, seconds: float) -> None:
-        """From the turn's begin until the step was with the device."""
-        self._launch_s = max(seconds, _FADING * self._launch_s)
+    def launch_took(self, plan: StepPlan, seconds: float) -> None:
+        """From the turn's begin until the step was with the device.
+
+        Only decodes count: the device begins others with their first kernel.
+        """
+        if plan.is_decode:
+            self._launch_s = max(seconds, _FADING * self._launch_s)
 
     def step_took(self, plan: StepPlan, seconds: float) -> None:
         """The device was at the step for so long."""
+        if plan.layer_group is not None:
+            if not plan.chunks:
+                group = plan.layer_group
+                self._layer_s[_size(group)] = seconds / len(group.layers)
+            return
         kind = _kind(plan)
         if kind != self._kind:
             self._kind = kind
@@ -50,13 +69,24 @@ class StepPacer:
 
         None: nobody knows when it will be done, so at once.
         """
+        takes_s = self._expected_s(plan)
+        return None if takes_s is None else began_s + takes_s - self._launch_s - _MARGIN_S
+
+    def _expected_s(self, plan: StepPlan) -> float | None:
+        """The least that the step is sure to take."""
+        group = plan.layer_group
+        if group is not None:
+            layer_s = None if plan.chunks else self._layer_s.get(_size(group))
+            return None if layer_s is None else _SURE * layer_s * len(group.layers)
         if len(self._recent_s) < _LEAST_RECENT or _kind(plan) != self._kind:
             return None
-        return began_s + min(self._recent_s) - self._launch_s - _MARGIN_S
+        return min(self._recent_s)
 
 
 def _kind(plan: StepPlan) -> Kind | None:
     """What decides how long a decode takes; None for other steps."""
-    if plan.layer_group is not None or any(chunk.num_tokens != 1 for chunk in plan.chunks):
-        return None
-    return tuple(chunk.sequence.adapter_id for chunk in plan.chunks)
+    return tuple(chunk.sequence.adapter_id for chunk in plan.chunks) if plan.is_decode else None
+
+
+def _size(group: LayerGroup) -> int:
+    return group.chunk.num_tokens.bit_length()

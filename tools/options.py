@@ -193,7 +193,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "chunked_prefill_size",
             parse_count,
             "TOKENS",
-            "Most tokens of prompts in a step that others decode in (as many as fit into a step).",
+            "Most tokens of prompts that are computed between two tokens of everybody else.",
         ),
         Option(
             "--max-waiting",

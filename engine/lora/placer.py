@@ -38,13 +38,13 @@ class Placement:
     """One load on its way into a slot: ``extents[i]`` is the arena offset of stage ``i``.
 
     ``fence`` is the event behind the last launched step that could still read these extents for
-    the adapter that was there before. ``next_offset`` is the placer's.
+    the adapter that was there before; None: no such step is left. ``next_offset`` is the placer's.
     """
 
     load_id: LoadId
     layout: ImageLayout
     extents: tuple[int, ...]
-    fence: Event
+    fence: Event | None
     next_offset: int = 0
 
 
@@ -235,7 +235,7 @@ class Placer:
     def _copy(self, load: _Load, ready: ChunkReady) -> None:
         """One contiguous copy for every run of the load that the chunk touches."""
         position = load.placement.next_offset
-        if position == 0:
+        if position == 0 and load.placement.fence is not None:
             # Only now, when it has most likely passed: other loads' copies stand behind it, too.
             self._device.load_stream_wait(load.placement.fence)
         end = position + ready.num_bytes

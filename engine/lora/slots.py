@@ -36,10 +36,10 @@ class PoolSlots:
     def begin(self, load: BeginLoad) -> None:
         """Opens the slot to the load's chunks.
 
-        What lay there may still be read by a step that was launched before: the first copy waits
+        Where a step that was launched before may still read what lay there, the first copy waits
         for an event behind the last one.
         """
-        fence = self._device.record_forward_event()
+        fence = self._device.record_forward_event() if load.follows_steps else None
         self._placer.begin(Placement(load.load_id, load.layout, load.extents, fence))
 
     def abandon(self, load_id: LoadId) -> None:

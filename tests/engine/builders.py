@@ -79,6 +79,7 @@ class Policy:
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 64,
         chunked_prefill_size: int | None = None,
+        launches_apart: bool = False,
         max_sequence_tokens: int = 64,
         max_adapter_wait_s: float = 2.0,
         load_timeout_s: float = 60.0,
@@ -99,6 +100,7 @@ class Policy:
             frozenset({EOS}),
             adapter_loading,
             chunked_prefill_size,
+            launches_apart,
         )
         self.step_costs = StepCosts()
         self.rotation = (

@@ -24,6 +24,8 @@ class Layerwise(Policy):
         max_num_batched_tokens: int = 64,
         num_blocks: int = 64,
         cohorts: bool = False,
+        chunked_prefill_size: int | None = None,
+        launches_apart: bool = False,
     ) -> None:
         super().__init__(
             pool_bytes=num_slots * IMAGE_BYTES,
@@ -33,6 +35,8 @@ class Layerwise(Policy):
             num_blocks=num_blocks,
             load_timeout_s=5.0,
             cohorts=cohorts,
+            chunked_prefill_size=chunked_prefill_size,
+            launches_apart=launches_apart,
         )
         self.loads: dict[int, LoadId] = {}
         self.installed: set[AdapterId] = set()
@@ -61,7 +65,7 @@ class Layerwise(Policy):
                 case RemoveAdapter(adapter_id):
                     self.installed.remove(adapter_id)
         if plan.layer_group is not None:
-            assert plan.layer_group.chunk.sequence.adapter_id in self.installed
+            assert plan.adapter_ids <= self.installed
         if not plan.is_empty:
             self.scheduler.launched(plan)
         return plan
@@ -73,7 +77,8 @@ class Layerwise(Policy):
 
     def step(self, now_s: float = 0.0) -> StepPlan:
         plan = self.launch(now_s)
-        self.complete(plan)
+        if not plan.is_empty:
+            self.complete(plan)
         return plan
 
     def arrive(self, adapter_id: int, num_layers: int) -> None:

@@ -218,6 +218,7 @@ class PoisonedPool:
         """
         index = self.table.entry(adapter_id).index
         gather = partial(self._gather, num_layers=num_layers)
+        self.residency.step_launched([adapter_id])
         return self.slow.launch(self.table.records[index], gather)
 
     def image_of_layers(self, adapter_id: AdapterId, num_layers: int) -> bytes:

@@ -42,7 +42,8 @@ MODULES = (("q_proj",), ("v_proj",), ("q_proj", "v_proj"))
 
 @dataclass(eq=False)
 class SimulatedLoad:
-    """Writes only once the first ``fence`` steps are done: all that were launched before it.
+    """Writes only once the first ``fence`` steps are done: all that were launched before it, or
+    none if it need not follow them.
 
     ``num_placed`` of the pieces, one for each layer, were reported to be in place.
     """
@@ -60,7 +61,8 @@ class Simulation:
     """One engine's life; ``tick`` is one turn of the step loop, with all that may happen in it.
 
     With ``overlap`` a step stays in flight from one turn to the next; with ``cohorts`` prefills may
-    be held back for others; with ``rotation`` sequences may be paused.
+    be held back for others; with ``rotation`` sequences may be paused; with ``launches_apart``
+    decodes and prefills take turns.
     """
 
     def __init__(
@@ -70,10 +72,14 @@ class Simulation:
         adapter_loading: AdapterLoading = AdapterLoading.OVERLAP,
         cohorts: bool = False,
         rotation: bool = False,
+        launches_apart: bool = False,
     ) -> None:
         self.rng = rng
         self.overlap = overlap
         self.adapter_loading = adapter_loading
+        self.launches_apart = launches_apart
+        self.most_between_decodes = rng.choice((MAX_TOKENS_IN_STEP, 4, 9))
+        self.num_between_decodes = 0
         self.device = LateDevice(BLOCK_SIZE, self._see_adapter)
         self.in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self.num_overlapped = 0
@@ -89,6 +95,8 @@ class Simulation:
             load_timeout_s=LOAD_TIMEOUT_S,
             cohorts=cohorts,
             rotation=rotation,
+            chunked_prefill_size=self.most_between_decodes if launches_apart else None,
+            launches_apart=launches_apart,
             adapter_loading=adapter_loading,
         )
         self.now_s = 0.0
@@ -215,11 +223,14 @@ class Simulation:
             self._complete_steps(num_left=0)
         running_before = {s for s in self.sequences if s.state is SequenceState.RUNNING}
         open_before = self._open_turns()
+        could_decode = {s for s in running_before if _could_decode(s)}
         plan = policy.scheduler.schedule(self.now_s)
         self._carry_out_actions()
         self._check_bounded_waiting(plan, running_before, open_before)
         self._check_pauses(running_before)
         self._check_plan(plan)
+        if self.launches_apart:
+            self._check_turn(plan, could_decode)
         self._check_step_wait(plan)
         if plan.layer_group is not None:
             self._check_layer_group(plan.layer_group)
@@ -314,7 +325,7 @@ class Simulation:
         load = SimulatedLoad(
             action.adapter_id,
             pieces,
-            self.device.num_launched,
+            self.device.num_launched if action.follows_steps else 0,
             self.now_s + self.rng.choice((0.0, 0.02, 0.3, 1.0, 6.0)),
             fails=self.rng.random() < 0.1,
         )
@@ -349,6 +360,17 @@ class Simulation:
             for block in sequence.block_table[chunk.start // BLOCK_SIZE : -(-end // BLOCK_SIZE)]:
                 assert holders[block] == 1, "a step writes into a block that others read"
 
+    def _check_turn(self, plan: StepPlan, could_decode: set[Sequence]) -> None:
+        """A step has decodes or prefills; those wait for a bounded number of tokens of these."""
+        could_decode = {s for s in could_decode if s.state is SequenceState.RUNNING}
+        scheduled = {chunk.sequence for chunk in plan.chunks}
+        if scheduled & could_decode:
+            assert plan.is_decode
+            self.num_between_decodes = 0
+            return
+        assert not could_decode or self.num_between_decodes < self.most_between_decodes
+        self.num_between_decodes += plan.num_tokens
+
     def _check_step_wait(self, plan: StepPlan) -> None:
         """Whoever runs is in a step, unless that step waits for a load that is under way."""
         scheduler = self.policy.scheduler
@@ -372,12 +394,11 @@ class Simulation:
         chunk = group.chunk
         sequence = chunk.sequence
         adapter_id = sequence.adapter_id
-        assert adapter_id is not None
         assert chunk.num_tokens <= MAX_TOKENS_IN_STEP
         assert sequence.num_computed_tokens == chunk.start
         assert len(sequence.block_table) == -(-len(sequence.token_ids) // BLOCK_SIZE)
         loads = [x for x in self.loads.values() if x.adapter_id == adapter_id and not x.abandoned]
-        if self.policy.residency.is_resident(adapter_id):
+        if adapter_id is None or self.policy.residency.is_resident(adapter_id):
             assert sequence.state is SequenceState.RUNNING
         else:
             assert sequence.state is SequenceState.WAITING
@@ -463,3 +484,12 @@ def _pieces(extents: tuple[int, ...], layout: ImageLayout) -> list[tuple[int, in
     """``(start, end)`` of every stage that has bytes."""
     sizes = layout.stage_bytes
     return [(start, start + size) for start, size in zip(extents, sizes, strict=True) if size]
+
+
+def _could_decode(sequence: Sequence) -> bool:
+    """Whether it has one token to compute, and may have another behind it."""
+    num_tokens = sequence.num_tokens
+    if num_tokens - sequence.num_computed_tokens != 1:
+        return False
+    left = min(sequence.max_tokens - sequence.num_drawn_tokens, MAX_SEQUENCE_TOKENS - num_tokens)
+    return not sequence.num_pending_tokens or left > 0

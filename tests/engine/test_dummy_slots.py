@@ -30,7 +30,7 @@ GENERATION = Generation(AdapterId(7), (), "")
 SOURCE = AdapterSource("/adapters/a", GENERATION)
 MODULES = (AdapterModule(1, "q_proj", 8, 1.0),)
 LAYOUT = layout_image(base_model(), MODULES)
-LOAD = BeginLoad(LoadId(3), AdapterId(7), SOURCE, LAYOUT, (-1, 0, -1, -1))
+LOAD = BeginLoad(LoadId(3), AdapterId(7), SOURCE, LAYOUT, (-1, 0, -1, -1), False)
 NUM_BYTES = 16384 + 3
 
 

@@ -39,7 +39,8 @@ def simulate(case: int, overlap: bool, adapter_loading: AdapterLoading, seed: in
     rng = random.Random(f"{seed}-{case}")
     overlaps_loads = adapter_loading is not AdapterLoading.BLOCKING
     cohorts = overlaps_loads and case % 2 == 1
-    simulation = Simulation(rng, overlap, adapter_loading, cohorts, rotation=case % 4 < 2)
+    apart = case % 8 >= 4
+    simulation = Simulation(rng, overlap, adapter_loading, cohorts, case % 4 < 2, apart)
     for _ in range(4):
         simulation.register(pinned=False)
     arrivals = rng.choice((0.15, 0.4, 0.8))
@@ -65,7 +66,7 @@ def simulate(case: int, overlap: bool, adapter_loading: AdapterLoading, seed: in
         simulation.tick(cancels_while_running=rng.random() < 0.05)
     simulation.drain()
     assert bool(simulation.num_overlapped) == overlap
-    assert not simulation.num_groups or adapter_loading is AdapterLoading.LAYERWISE
+    assert not simulation.num_groups or apart or adapter_loading is AdapterLoading.LAYERWISE
     assert simulation.policy.scheduler.layer_jobs.num_groups == simulation.num_groups
     waits = simulation.policy.scheduler.step_waits
     assert (waits.num_waits == 0, waits.seconds == 0.0) == (overlaps_loads, overlaps_loads)

@@ -46,6 +46,10 @@ def _loads(actions: list[AdapterAction]) -> list[AdapterId]:
     return [action.adapter_id for action in actions if isinstance(action, BeginLoad)]
 
 
+def _follows_steps(actions: list[AdapterAction]) -> list[bool]:
+    return [action.follows_steps for action in actions if isinstance(action, BeginLoad)]
+
+
 def _evicted(actions: list[AdapterAction]) -> list[AdapterId]:
     return [action.adapter_id for action in actions if isinstance(action, RemoveAdapter)]
 
@@ -100,6 +104,36 @@ def test_a_slot_is_out_of_the_table_before_a_load_into_it_begins() -> None:
     pool = Pool(1)
     pool.load(A)
     assert [type(action) for action in pool.meet(B)] == [RemoveAdapter, BeginLoad]
+
+
+def test_a_load_follows_the_steps_that_still_read_what_lay_in_its_slot() -> None:
+    pool = Pool(1)
+    pool.load(A)
+    pool.residency.step_launched([A])
+    pool.residency.step_launched([])
+    pool.residency.step_completed()
+    # The first step is done; the second did not read the slot.
+    assert _follows_steps(pool.meet(B)) == [False]
+
+    pool = Pool(1)
+    pool.load(A)
+    pool.residency.step_launched([A])
+    assert _follows_steps(pool.meet(B)) == [True]
+
+
+def test_a_load_into_room_that_was_free_before_follows_what_still_reads_there() -> None:
+    pool = Pool(2)
+    pool.load(A)
+    pool.residency.step_launched([A])
+    pool.residency.remove(A)
+    assert _follows_steps(pool.meet(B, C)) == [True, True]
+    pool.residency.step_completed()
+    pool.residency.remove(B)
+    pool.residency.remove(C)
+    for load in list(pool.residency.take_actions()):
+        if isinstance(load, AbandonLoad):
+            pool.residency.load_abandoned(load.load_id)
+    assert _follows_steps(pool.meet(D)) == [False]
 
 
 def test_the_least_recently_used_adapter_is_evicted() -> None:

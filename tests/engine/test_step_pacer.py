@@ -2,7 +2,7 @@
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -33,7 +33,7 @@ def prefill() -> StepPlan:
 
 def test_the_next_launch_ends_just_before_the_step_does() -> None:
     pacer = StepPacer()
-    pacer.launch_took(0.002)
+    pacer.launch_took(decode(None), 0.002)
     for seconds in (0.011, 0.010, 0.012):
         pacer.step_took(decode(None, 1), seconds)
     due_s = pacer.next_launch_s(decode(None, 1), began_s=5.0)
@@ -50,13 +50,36 @@ def test_a_step_of_another_kind_is_followed_at_once(plan: StepPlan) -> None:
     assert pacer.next_launch_s(plan, 0.0) is None
 
 
-def test_prefills_and_groups_of_layers_are_followed_at_once_however_often_they_come() -> None:
+def group(num_tokens: int, layers: range) -> StepPlan:
+    chunk = ScheduledChunk(make_sequence(0, [1] * num_tokens), 0, num_tokens, True)
+    return StepPlan((), LayerGroup(chunk, layers, 32))
+
+
+def test_prefills_are_followed_at_once_however_often_they_come() -> None:
     pacer = StepPacer()
-    (chunk,) = decode(None).chunks
-    for plan in (prefill(), StepPlan((chunk,), LayerGroup(chunk, range(2), 4))):
-        for _ in range(3):
-            pacer.step_took(plan, 0.010)
-        assert pacer.next_launch_s(plan, 0.0) is None
+    for _ in range(3):
+        pacer.step_took(prefill(), 0.010)
+    assert pacer.next_launch_s(prefill(), 0.0) is None
+
+
+def test_a_group_of_layers_is_expected_to_take_what_the_last_one_did_for_each_layer() -> None:
+    pacer = StepPacer()
+    pacer.launch_took(decode(None), 0.001)
+    assert pacer.next_launch_s(group(40, range(4)), 5.0) is None
+    pacer.step_took(group(40, range(4)), 0.020)
+    due_s = pacer.next_launch_s(group(50, range(4, 14)), 5.0)
+    # A little less is sure: the device would wait for a launch that comes too late.
+    assert due_s is not None and 5.040 < due_s < 5.049
+    assert pacer.next_launch_s(group(400, range(4)), 5.0) is None
+
+
+def test_a_group_behind_other_chunks_is_followed_at_once_and_teaches_nothing() -> None:
+    pacer = StepPacer()
+    both = replace(group(40, range(4)), chunks=decode(None).chunks)
+    pacer.step_took(both, 0.020)
+    assert pacer.next_launch_s(group(40, range(4)), 0.0) is None
+    pacer.step_took(group(40, range(4)), 0.020)
+    assert pacer.next_launch_s(both, 0.0) is None
 
 
 def test_what_another_kind_took_is_forgotten_before_the_kind_comes_back() -> None:
@@ -72,14 +95,24 @@ def test_a_launch_that_took_long_is_remembered_for_a_while() -> None:
     pacer = StepPacer()
     for _ in range(3):
         pacer.step_took(decode(None), 0.1)
-    pacer.launch_took(0.02)
-    pacer.launch_took(0.001)
+    pacer.launch_took(decode(None), 0.02)
+    pacer.launch_took(decode(None), 0.001)
     early = pacer.next_launch_s(decode(None), 0.0)
     for _ in range(100):
-        pacer.launch_took(0.001)
+        pacer.launch_took(decode(None), 0.001)
     late = pacer.next_launch_s(decode(None), 0.0)
     assert early is not None and late is not None
     assert early < 0.082 < 0.097 < late
+
+
+def test_the_launch_of_a_prefill_says_nothing_about_that_of_decodes() -> None:
+    pacer = StepPacer()
+    for _ in range(3):
+        pacer.step_took(decode(None), 0.1)
+    before = pacer.next_launch_s(decode(None), 0.0)
+    pacer.launch_took(prefill(), 0.05)
+    pacer.launch_took(group(40, range(4)), 0.05)
+    assert pacer.next_launch_s(decode(None), 0.0) == before
 
 
 @dataclass

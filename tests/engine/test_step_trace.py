@@ -44,7 +44,7 @@ def begin_load(load_id: int, adapter_id: int) -> BeginLoad:
     manifest = make_manifest(adapter_id)
     source = AdapterSource("/adapters/shout", manifest.generation)
     layout = layout_image(BASE, manifest.modules)
-    return BeginLoad(LoadId(load_id), AdapterId(adapter_id), source, layout, ())
+    return BeginLoad(LoadId(load_id), AdapterId(adapter_id), source, layout, (), False)
 
 
 def plan_of(*starts: int, adapter_id: int | None = None) -> StepPlan:

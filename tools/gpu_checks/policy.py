@@ -36,6 +36,7 @@ def build_policy(config: EngineConfig, compute: Compute) -> Policy:
             max_adapter_wait_s=config.max_adapter_wait_s,
             eos_token_ids=frozenset(),
             adapter_loading=config.adapter_loading,
+            launches_apart=compute.has_graphs,
         ),
         blocks,
         residency,
