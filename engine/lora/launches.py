@@ -32,18 +32,18 @@ class LoraTuning:
 
     ``forks``: graph steps launch on a stream of ``side_priority`` beside the base model's products,
     before them or, with ``product_first``, after them, and leave the delta to the launch behind.
-    ``joins_overlap`` lets that one overlap as well. Off, as it is not yet shown to be right in a
-    whole server on a GPU; ``tools.bench_decode_adapters`` compares the ways.
+    ``joins_overlap`` lets that one overlap as well. ``tools.bench_decode_adapters`` compares the
+    ways.
     """
 
     max_few_rows: int = 32
     max_small_rows: int = 512
     tile_few_rows: int = 16
     overlaps: bool = True
-    forks: bool = False
+    forks: bool = True
     side_priority: int = 0
     product_first: bool = False
-    joins_overlap: bool = False
+    joins_overlap: bool = True
     shrink_few: ShrinkFewTuning = field(default_factory=ShrinkFewTuning)
     expand_few: ExpandFewTuning = field(default_factory=ExpandFewTuning)
     shrink_many: ShrinkManyTuning = field(default_factory=ShrinkManyTuning)

@@ -64,11 +64,11 @@ def test_a_loader_that_stands_still_stops_the_steps_no_longer_than_a_load_may_ta
 
 
 def modes_arguments(tiny_model: TinyModel, mode: str) -> list[str]:
-    """Images come in in many small pieces, so that layers arrive one after another."""
+    """Images come in in many small pieces, one after another, and so do layers."""
     return [
         *serve_arguments(tiny_model),
         *("--adapter-loading", mode),
-        *("--read-block-size", PIECE, "--staging-chunk-size", PIECE),
+        *("--read-block-size", PIECE, "--staging-chunk-size", PIECE, "--read-threads", "1"),
     ]
 
 

@@ -137,5 +137,7 @@ def test_paged_decode_of_a_delta(
         if device.type == "cpu":
             assert torch.equal(bits(ours), bits(theirs))
         else:
-            # The compiler may leave out a rounding between the sum and what is made of it.
-            assert_near(ours, theirs.float(), num_roundings=4)
+            # The compiler may leave out a rounding between the sum and what is made of it. Of the
+            # cache most is not written, and no number.
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert_near(ours.nan_to_num(), theirs.nan_to_num().float(), num_roundings=4)
