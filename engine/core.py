@@ -82,7 +82,7 @@ logger = logging.getLogger(__name__)
 # noticed, and costs nothing otherwise: a command wakes the thread at once.
 IDLE_WAIT_S = 0.25
 LEAST_WAIT_S = 0.0005
-# How often it looks whether a step of unknown length is done, while it listens for commands.
+# How often it looks whether a step is done, while it listens for commands.
 POLL_S = 0.0003
 OVERLOADED_RETRY_S = 1.0
 
@@ -145,7 +145,8 @@ class EngineCore:
         self._overlap_steps = overlap_steps
         # In the order of their launches.
         self._in_flight: deque[tuple[StepPlan, LaunchedStep, float]] = deque()
-        self._completed_s = 0.0
+        # When the device was done with the last step that is complete.
+        self._ended_s = 0.0
         self._pacer = StepPacer()
         self._is_running = False
         self._is_stopping = False
@@ -210,14 +211,14 @@ class EngineCore:
             plan, step, launched_s = self._in_flight.popleft()
             self._listen_until_done(step)
             sampled = step.wait()
-            now_s = time.monotonic()
-            # The device began it when it was launched, or behind the step before.
-            seconds = now_s - max(launched_s, self._completed_s)
+            # The end itself may have been seen late: the thread was busy with the next launch.
+            seconds = step.device_s()
+            begin_s = max(launched_s, self._ended_s)
+            self._ended_s = min(begin_s + seconds, time.monotonic())
             self._pacer.step_took(plan, seconds)
             if plan.layer_group is None:
                 # A group of layers is no measure: it does not read all weights.
                 self._scheduler.step_took(plan.num_tokens, seconds)
-            self._completed_s = now_s
             for progress in self._scheduler.complete(plan, sampled):
                 self._report(progress)
             self._num_steps += 1
@@ -245,16 +246,16 @@ class EngineCore:
         self._take_commands(0.0)
         if len(self._in_flight) != 1:
             return
-        plan, _, launched_s = self._in_flight[0]
+        plan, step, launched_s = self._in_flight[0]
         if plan.layer_group is not None and not self._scheduler.awaits_layers:
             # What the next group has is known.
             return
-        due_s = self._pacer.next_launch_s(plan, max(launched_s, self._completed_s))
-        while due_s is not None and not self._is_stopping:
+        due_s = self._pacer.next_launch_s(plan, max(launched_s, self._ended_s))
+        while due_s is not None and not self._is_stopping and not step.is_done():
             left_s = due_s - time.monotonic()
             if left_s <= 0:
                 return
-            if self._take_commands(left_s):
+            if self._take_commands(min(left_s, POLL_S)):
                 self._begin_loads()
 
     def _listen_until_done(self, step: LaunchedStep) -> None:

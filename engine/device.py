@@ -8,6 +8,7 @@ complete from the start.
 """
 
 import ctypes
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,6 +46,14 @@ class Event(Protocol):
 
     def query(self) -> bool:
         """Whether everything before the event is done; does not wait."""
+        ...
+
+
+class TimedEvent(Event, Protocol):
+    """A point of which the time can be asked for, once it was reached."""
+
+    def elapsed_time(self, end: Any, /) -> float:
+        """Milliseconds from this event to ``end``, another one of the same stream."""
         ...
 
 
@@ -122,6 +131,10 @@ class Device(Protocol):
         """Marks the end of what the forward stream was given so far."""
         ...
 
+    def record_timed_event(self) -> TimedEvent:
+        """As ``record_forward_event``; the time between two of them can be asked for."""
+        ...
+
     def load_stream_wait(self, event: Event) -> None:
         """What the load stream is given from now on begins after ``event``."""
 
@@ -137,6 +150,16 @@ class _DoneEvent:
 
     def query(self) -> bool:
         return True
+
+
+class _Moment(_DoneEvent):
+    """The time at which the thread was there."""
+
+    def __init__(self) -> None:
+        self._at_s = time.monotonic()
+
+    def elapsed_time(self, end: "_Moment", /) -> float:
+        return 1e3 * (end._at_s - self._at_s)
 
 
 class CpuDevice:
@@ -185,6 +208,9 @@ class CpuDevice:
 
     def record_forward_event(self) -> Event:
         return _DoneEvent()
+
+    def record_timed_event(self) -> TimedEvent:
+        return _Moment()
 
     def load_stream_wait(self, event: Event) -> None:
         event.synchronize()
@@ -272,8 +298,7 @@ class CudaDevice:
         event.record(self._forward)
         return event
 
-    def record_timed_event(self) -> torch.cuda.Event:
-        """As ``record_forward_event``; the time between two of them can be asked for."""
+    def record_timed_event(self) -> TimedEvent:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(self._forward)
         return event

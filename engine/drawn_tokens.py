@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.device import Device, Event
+from engine.device import Device, TimedEvent
 from engine.plan import SampledToken
 from ipc.messages import TokenLogprobs
 
@@ -41,18 +41,23 @@ class DrawnStep:
     Made on the step thread, inside the forward stream, when all of the step's work was enqueued.
     Copies are enqueued behind it, and an event behind them: ``wait`` waits for that event alone.
     ``drawn``'s own tensors may be overwritten on the forward stream at once. None stands for a step
-    that draws nothing: it, too, is waited for, so that the host never runs far ahead.
+    that draws nothing: it, too, is waited for, so that the host never runs far ahead. ``begin`` is
+    an event ahead of all of the step's work.
     """
 
-    def __init__(self, drawn: DrawnTokens | None, device: Device) -> None:
+    def __init__(self, drawn: DrawnTokens | None, device: Device, begin: TimedEvent) -> None:
         self._drawn = None if drawn is None else _download(drawn, device)
-        self._event: Event = device.record_forward_event()
+        self._begin = begin
+        self._end = device.record_timed_event()
 
     def is_done(self) -> bool:
-        return self._event.query()
+        return self._end.query()
+
+    def device_s(self) -> float:
+        return self._begin.elapsed_time(self._end) / 1e3
 
     def wait(self) -> list[SampledToken]:
-        self._event.synchronize()
+        self._end.synchronize()
         return [] if self._drawn is None else _sampled_tokens(self._drawn)
 
 

@@ -70,13 +70,14 @@ class ModelRunner:
         """
         sequences = [chunk.sequence for chunk in plan.completed_chunks if chunk.samples]
         with torch.inference_mode(), self._device.forward_stream():
+            begin = self._device.record_timed_event()
             logits = self._logits_of_samples(plan)
             self._num_drawn = len(sequences)
             if logits is None:
-                return DrawnStep(None, self._device)
+                return DrawnStep(None, self._device, begin)
             drawn = self._sampler.sample_on_device(logits, sequences)
             self._drawn[: len(sequences)] = drawn.token_ids
-            return DrawnStep(drawn, self._device)
+            return DrawnStep(drawn, self._device, begin)
 
     def run_for_logits(self, plan: StepPlan) -> Tensor:
         """Logits ``[plan.num_tokens, vocab]`` in the plan's order, and no token is drawn.

@@ -112,6 +112,13 @@ class LaunchedStep(Protocol):
         """Whether ``wait`` would return at once."""
         ...
 
+    def device_s(self) -> float:
+        """Seconds that the device was at the step, which ``wait`` has returned from.
+
+        They begin with its launch, or with the end of the step before if that was later.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceProgress:

@@ -6,7 +6,7 @@ late as it may without the device falling idle. That is known where steps repeat
 
 | step                   | is expected to take                                                     |
 |------------------------|-------------------------------------------------------------------------|
-| decodes                | what the last ones of the same sequences' adapters did                  |
+| decodes                | what the last ones of the same sequences' adapters did, or of others    |
 | a group of layers      | for each layer what the last group did whose chunk was about as long    |
 
 Every other step is followed by the next at once.
@@ -23,8 +23,8 @@ _NUM_RECENT = 4
 _LEAST_RECENT = 2
 # Of a launch that took long, what the next ones are still expected to take.
 _FADING = 0.95
-# Groups differ more than decodes do: of what one is expected to take, the part that is sure.
-_SURE = 0.9
+# Of what another step took, which was not quite the same, the part that is sure.
+_SURE = 0.85
 
 Kind = tuple[AdapterId | None, ...]
 
@@ -38,6 +38,7 @@ class StepPacer:
     def __init__(self) -> None:
         self._kind: Kind | None = None
         self._recent_s: deque[float] = deque(maxlen=_NUM_RECENT)
+        self._decode_s: float | None = None
         # Of a layer, by the bit length of its chunk's tokens.
         self._layer_s: dict[int, float] = {}
         self._launch_s = 0.0
@@ -63,6 +64,7 @@ class StepPacer:
             self._recent_s.clear()
         if kind is not None:
             self._recent_s.append(seconds)
+            self._decode_s = seconds
 
     def next_launch_s(self, plan: StepPlan, began_s: float) -> float | None:
         """When to launch what follows ``plan``, which the device began at ``began_s``.
@@ -78,9 +80,12 @@ class StepPacer:
         if group is not None:
             layer_s = None if plan.chunks else self._layer_s.get(_size(group))
             return None if layer_s is None else _SURE * layer_s * len(group.layers)
-        if len(self._recent_s) < _LEAST_RECENT or _kind(plan) != self._kind:
+        kind = _kind(plan)
+        if kind is None:
             return None
-        return min(self._recent_s)
+        if kind == self._kind and len(self._recent_s) >= _LEAST_RECENT:
+            return min(self._recent_s)
+        return None if self._decode_s is None else _SURE * self._decode_s
 
 
 def _kind(plan: StepPlan) -> Kind | None:

@@ -240,6 +240,9 @@ class _TracedStep:
     def is_done(self) -> bool:
         return self._step.is_done()
 
+    def device_s(self) -> float:
+        return self._step.device_s()
+
     def wait(self) -> list[SampledToken]:
         begin_s = time.monotonic()
         sampled = self._step.wait()

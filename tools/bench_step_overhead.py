@@ -63,7 +63,8 @@ class FixedRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         to_device(flatten(plan, BLOCK_SIZE), self._device)
         num_sampled = sum(chunk.samples for chunk in plan.chunks)
-        return DrawnStep(DrawnTokens(torch.full((num_sampled,), TOKEN_ID)), self._device)
+        tokens = DrawnTokens(torch.full((num_sampled,), TOKEN_ID))
+        return DrawnStep(tokens, self._device, self._device.record_timed_event())
 
 
 class InstantSlots:

@@ -74,6 +74,9 @@ class LateStep:
     def is_done(self) -> bool:
         return self.device.has_run(self.number)
 
+    def device_s(self) -> float:
+        return 0.01
+
     def wait(self) -> list[SampledToken]:
         self.device.run_up_to(self.number + 1)
         return [SampledToken(token_id, None) for token_id in self.drawn]

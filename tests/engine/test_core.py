@@ -124,6 +124,9 @@ class _Watched:
     def is_done(self) -> bool:
         return self._step.is_done()
 
+    def device_s(self) -> float:
+        return self._step.device_s()
+
     def wait(self) -> list[SampledToken]:
         self._events.append(f"wait {self._step.number}")
         return self._step.wait()

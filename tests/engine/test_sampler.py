@@ -22,7 +22,8 @@ EOS = 3
 def sample_with(
     sampler: Sampler, device: Device, logits: Tensor, sequences: list[Sequence]
 ) -> list[SampledToken]:
-    return DrawnStep(sampler.sample_on_device(logits, sequences), device).wait()
+    begin = device.record_timed_event()
+    return DrawnStep(sampler.sample_on_device(logits, sequences), device, begin).wait()
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
@@ -288,9 +289,11 @@ def test_the_host_does_not_wait_for_the_gpu_to_draw(rng: random.Random) -> None:
         with device.forward_stream():
             torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
             asleep = device.record_forward_event()
-            step = DrawnStep(sampler.sample_on_device(logits, sequences), device)
+            begin = device.record_timed_event()
+            step = DrawnStep(sampler.sample_on_device(logits, sequences), device, begin)
             is_early = not asleep.query()
         tokens = step.wait()
     assert is_early
+    assert 0.0 <= step.device_s() < 0.05
     on_cpu = sample(logits.cpu(), sequences)
     assert [token.token_id for token in tokens] == [token.token_id for token in on_cpu]

@@ -17,6 +17,9 @@ class InstantStep:
     def is_done(self) -> bool:
         return True
 
+    def device_s(self) -> float:
+        return 0.0
+
     def wait(self) -> list[SampledToken]:
         return []
 
