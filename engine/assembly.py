@@ -7,6 +7,7 @@ from pathlib import Path
 
 import zmq.asyncio
 
+from engine.action_dispatch import Slots
 from engine.adapter_demand import AdapterDemand
 from engine.adapter_slots import MAX_RESIDENT_ADAPTERS, AdapterSlots
 from engine.adapters import AdapterDirectory
@@ -14,7 +15,7 @@ from engine.block_manager import BlockManager
 from engine.cohorts import Cohorts
 from engine.compute import build_compute
 from engine.config import AdapterLoading, EngineConfig, LoadFormat
-from engine.core import EngineCore, Runner, Slots
+from engine.core import EngineCore, Runner
 from engine.crossings import Crossings
 from engine.device import CudaDevice, open_device
 from engine.layer_runner import nothing_around
@@ -26,7 +27,8 @@ from engine.registry import CatalogFile, Registry
 from engine.residency import AdapterResidency
 from engine.ring import open_ring
 from engine.rotation import Rotation
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler import Scheduler
+from engine.scheduler_limits import SchedulerLimits
 from engine.server import EngineServer
 from engine.slot_allocator import SlotAllocator
 from engine.stats import Capacities

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from engine.layer_jobs import LayerJobStats
 from engine.paused_sequences import RotationStats
-from engine.residency import ResidencyStats
-from engine.scheduler import SchedulerStats
+from engine.residency_stats import ResidencyStats
+from engine.scheduler_stats import SchedulerStats
 from engine.step_wait import StepWaitStats
 from ipc.errors import ErrorInfo
 from ipc.messages import (

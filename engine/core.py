@@ -23,8 +23,6 @@ The life of a request here:
    are given back in the same step.
 """
 
-import logging
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -32,9 +30,7 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Protocol, assert_never
 
-import msgspec
-
-from engine import adapter_actions as actions
+from engine.action_dispatch import ActionDispatch, Slots
 from engine.block_manager import BlockManager
 from engine.commands import (
     AddAdapter,
@@ -53,30 +49,13 @@ from engine.commands import (
     StagesPlaced,
     TakeSnapshot,
 )
-from engine.plan import LaunchedStep, SequenceProgress, StepPlan
+from engine.open_requests import OpenRequests
+from engine.plan import LaunchedStep, StepPlan
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence, SequenceId
 from engine.step_pacer import StepPacer
-from engine.validation import duplicate_request
-from ipc.errors import (
-    Overloaded,
-    SidestreamError,
-    error_from_info,
-)
-from ipc.messages import (
-    AdapterId,
-    CancelLoad,
-    EngineToLoader,
-    Forget,
-    LoadId,
-    RequestId,
-    Stage,
-    TokenDelta,
-    Warm,
-)
-
-logger = logging.getLogger(__name__)
+from ipc.errors import SidestreamError, error_from_info
+from ipc.messages import AdapterId, EngineToLoader, TokenDelta
 
 # How long the thread sleeps at most when nothing can run. It bounds how late an expired wait is
 # noticed, and costs nothing otherwise: a command wakes the thread at once.
@@ -84,7 +63,6 @@ IDLE_WAIT_S = 0.25
 LEAST_WAIT_S = 0.0005
 # How often it looks whether a step is done, while it listens for commands.
 POLL_S = 0.0003
-OVERLOADED_RETRY_S = 1.0
 
 
 class Runner(Protocol):
@@ -96,22 +74,6 @@ class Runner(Protocol):
         Waits for none of them.
         """
         ...
-
-
-class Slots(Protocol):
-    """What carries out residency's decisions in device memory."""
-
-    def begin(self, load: actions.BeginLoad) -> None:
-        """Chunks of this load may come, and go where it says."""
-
-    def abandon(self, load_id: LoadId) -> None:
-        """Place no byte more of this load; ``LoadAbandoned`` follows."""
-
-    def install(self, adapter: actions.InstallAdapter) -> None:
-        """Steps may use the adapter from the next one on, as far as its layers are placed."""
-
-    def remove(self, adapter_id: AdapterId) -> None:
-        """No step to come uses the adapter."""
 
 
 class EngineCore:
@@ -141,7 +103,6 @@ class EngineCore:
         self._residency = residency
         self._blocks = blocks
         self._runner = runner
-        self._slots = slots
         self._overlap_steps = overlap_steps
         # In the order of their launches.
         self._in_flight: deque[tuple[StepPlan, LaunchedStep, float]] = deque()
@@ -150,16 +111,12 @@ class EngineCore:
         self._pacer = StepPacer()
         self._is_running = False
         self._is_stopping = False
-        self._max_waiting = max_waiting
         self._deliver = deliver
-        self._send_to_loader = send_to_loader
-        self._adapter_failed = adapter_failed
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
-        self._sequences: dict[tuple[bytes, RequestId], Sequence] = {}
-        self._num_accepted = 0
-        self._deltas: dict[bytes, list[TokenDelta]] = {}
-        # Requests without a seed take theirs from here.
-        self._seeds = random.Random(seed)
+        self._requests = OpenRequests(scheduler, max_waiting, seed)
+        self._dispatch = ActionDispatch(
+            slots, blocks, self._requests, send_to_loader, adapter_failed
+        )
         self._num_steps = 0
 
     def submit(self, command: Command) -> None:
@@ -220,7 +177,7 @@ class EngineCore:
                 # A group of layers is no measure: it does not read all weights.
                 self._scheduler.step_took(plan.num_tokens, seconds)
             for progress in self._scheduler.complete(plan, sampled):
-                self._report(progress)
+                self._requests.report(progress)
             self._num_steps += 1
 
     # --- Commands ---------------------------------------------------------------------------
@@ -280,14 +237,11 @@ class EngineCore:
         """Does what another thread asked for."""
         match command:
             case AddRequest():
-                self._add_request(command)
+                self._requests.add(command)
             case CancelRequest(client, request_id):
-                sequence = self._sequences.pop((client, request_id), None)
-                if sequence is not None:
-                    self._scheduler.abort(sequence)
+                self._requests.cancel(client, request_id)
             case DropClient(client):
-                for key in [key for key in self._sequences if key[0] == client]:
-                    self._scheduler.abort(self._sequences.pop(key))
+                self._requests.drop_client(client)
             case AddAdapter():
                 self._add_adapter(command)
             case RemoveAdapter(adapter_id):
@@ -310,40 +264,6 @@ class EngineCore:
                 answer(self._snapshot())
             case _:
                 assert_never(command)
-
-    def _add_request(self, request: AddRequest) -> None:
-        key = (request.client, request.request_id)
-        try:
-            if key in self._sequences:
-                raise duplicate_request(request.request_id)
-            if self._scheduler.num_waiting >= self._max_waiting:
-                raise Overloaded(
-                    f"{self._max_waiting} requests are waiting: expected fewer",
-                    retry_after_s=OVERLOADED_RETRY_S,
-                )
-            sequence = self._sequence_of(request)
-            self._scheduler.add(sequence)
-        except SidestreamError as error:
-            self._emit(request.client, TokenDelta(request.request_id, error=error.info))
-        else:
-            self._sequences[key] = sequence
-
-    def _sequence_of(self, request: AddRequest) -> Sequence:
-        sampling = request.sampling
-        if sampling.seed is None and sampling.temperature > 0:
-            sampling = msgspec.structs.replace(sampling, seed=self._seeds.getrandbits(63))
-        self._num_accepted += 1
-        return Sequence(
-            sequence_id=SequenceId(self._num_accepted),
-            client=request.client,
-            request_id=request.request_id,
-            adapter_id=request.adapter_id,
-            token_ids=request.prompt_token_ids,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            max_tokens=request.max_tokens,
-            sampling=sampling,
-            arrival_s=request.arrival_s,
-        )
 
     def _add_adapter(self, command: AddAdapter) -> None:
         try:
@@ -378,52 +298,10 @@ class EngineCore:
     def _carry_out_actions(self) -> None:
         """Tells placer, pool and loader what residency has decided."""
         for action in self._residency.take_actions():
-            match action:
-                case actions.BeginLoad():
-                    # The placer first: it must know the load before its first chunk comes.
-                    self._slots.begin(action)
-                    self._send_to_loader(Stage(action.load_id, action.source))
-                case actions.AbandonLoad(load_id):
-                    self._send_to_loader(CancelLoad(load_id))
-                    self._slots.abandon(load_id)
-                case actions.InstallAdapter():
-                    self._slots.install(action)
-                case actions.RemoveAdapter(adapter_id):
-                    self._slots.remove(adapter_id)
-                case actions.FailRequests(adapter_id, error):
-                    for sequence in self._scheduler.fail_adapter(adapter_id):
-                        self._answer_with(sequence, error)
-                    self._adapter_failed(adapter_id, error)
-                case Warm():
-                    self._send_to_loader(action)
-                case Forget(adapter_id):
-                    self._blocks.forget_adapter(adapter_id)
-                    self._send_to_loader(action)
-                case _:
-                    assert_never(action)
-
-    def _report(self, progress: SequenceProgress) -> None:
-        sequence, sampled = progress.sequence, progress.sampled
-        delta = TokenDelta(
-            sequence.request_id,
-            [sampled.token_id],
-            None if sampled.logprobs is None else [sampled.logprobs],
-            progress.finish_reason,
-            num_cached_tokens=sequence.num_cached_tokens if sequence.num_output_tokens == 1 else 0,
-        )
-        self._emit(sequence.client, delta)
-        if progress.finish_reason is not None:
-            del self._sequences[sequence.client, sequence.request_id]
-
-    def _answer_with(self, sequence: Sequence, error: SidestreamError) -> None:
-        del self._sequences[sequence.client, sequence.request_id]
-        self._emit(sequence.client, TokenDelta(sequence.request_id, error=error.info))
-
-    def _emit(self, client: bytes, delta: TokenDelta) -> None:
-        self._deltas.setdefault(client, []).append(delta)
+            self._dispatch.carry_out(action)
 
     def _flush(self) -> None:
-        """Hands over what was emitted since the last step."""
-        if self._deltas:
-            deltas, self._deltas = self._deltas, {}
+        """Hands over what clients got since the last step."""
+        deltas = self._requests.take_deltas()
+        if deltas:
             self._deliver(deltas)

@@ -16,6 +16,7 @@ from engine.kernels.causal_varlen import causal_varlen
 from engine.kernels.decode_workspace import DecodeWorkspace
 from engine.kernels.head_rotation import HeadRotation
 from engine.kernels.overlap import may_overlap
+from engine.kernels.packed_sequences import PackedSequences
 from engine.kernels.paged_decode import paged_decode
 from engine.kv_cache import KvCache, KvDestination
 from engine.lora.delta import Delta, Projected
@@ -26,15 +27,11 @@ from engine.models.ops import DecoderOps
 class _Prefills:
     """All rows of a step as one packed batch; rows of decodes are in it, to be overwritten.
 
-    ``query_starts`` and ``key_starts`` are ``[num_chunks + 1]`` int32. ``slots`` ``[num_keys]`` is
-    where the keys of all chunks stand in the cache, one chunk behind the other; None: the step's
-    own keys are all there is.
+    ``slots`` ``[num_keys]`` is where the keys of all chunks stand in the cache, one chunk behind
+    the other; None: the step's own keys are all there is.
     """
 
-    query_starts: Tensor
-    key_starts: Tensor
-    max_queries: int
-    max_keys: int
+    sequences: PackedSequences
     slots: Tensor | None
 
 
@@ -114,9 +111,10 @@ class CudaAttention:
         starts = np.zeros((2, len(row_counts) + 1), dtype=np.int32)
         np.cumsum(np.stack((row_counts, num_keys)), axis=1, out=starts[:, 1:])
         query_starts, key_starts = self._device.upload(starts).unbind(0)
-        return _Prefills(
-            query_starts, key_starts, int(row_counts.max()), int(num_keys.max()), slots
+        sequences = PackedSequences(
+            query_starts, key_starts, int(row_counts.max()), int(num_keys.max())
         )
+        return _Prefills(sequences, slots)
 
     def _key_slots(
         self, batch: FlatBatch, num_keys: npt.NDArray[np.int64], is_decode: npt.NDArray[np.bool_]
@@ -231,12 +229,4 @@ class _CudaStep:
         if prefills.slots is not None:
             key = self._cache.keys_by_slot[layer].index_select(0, prefills.slots)
             value = self._cache.values_by_slot[layer].index_select(0, prefills.slots)
-        return self._causal(
-            query,
-            key,
-            value,
-            prefills.query_starts,
-            prefills.key_starts,
-            prefills.max_queries,
-            prefills.max_keys,
-        )
+        return self._causal(query, key, value, prefills.sequences)

@@ -25,6 +25,14 @@ class ScheduledChunk:
     pending_from: int | None = None
 
 
+def next_chunk(sequence: Sequence, max_tokens: int) -> ScheduledChunk:
+    """What the sequence has to compute, or of it the first ``max_tokens``."""
+    num_uncomputed = sequence.num_uncomputed_tokens
+    num_tokens = min(num_uncomputed, max_tokens)
+    samples = num_tokens == num_uncomputed
+    return ScheduledChunk(sequence, sequence.num_computed_tokens, num_tokens, samples)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
     """``layers`` of one chunk: a launch of its own, behind that of the step's other chunks.

@@ -181,10 +181,6 @@ class Registry:
             raise AdapterNotFound(f"no model or adapter is called {name!r}", param="model")
         return adapter
 
-    def is_reserved(self, name: str) -> bool:
-        """Whether an adapter of this name is being inspected."""
-        return name in self._reservations
-
     def reserve(
         self,
         name: str,

@@ -14,10 +14,6 @@ A slot is given to another adapter only out of ABSENT, so never while a copy int
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache, partial
-
-import msgspec
 
 from engine.adapter_actions import (
     AbandonLoad,
@@ -27,12 +23,15 @@ from engine.adapter_actions import (
     InstallAdapter,
     RemoveAdapter,
 )
+from engine.adapter_layouts import AdapterLayouts
+from engine.adapter_loads import AdapterLoads
 from engine.adapter_slots import AdapterSlots, AdapterState, PooledAdapter
-from engine.load_forecast import Arrival, LoadForecast
+from engine.load_forecast import Arrival
 from engine.prefetch_hints import PrefetchHints
+from engine.residency_stats import ResidencyStats
+from engine.slot_readers import SlotReaders
 from ipc.base_model import BaseModel
-from ipc.errors import AdapterInvalid, Internal, SidestreamError, Unavailable
-from ipc.image import ImageLayout, layout_image
+from ipc.errors import SidestreamError, Unavailable
 from ipc.messages import AdapterId, Forget, LoadId, Manifest, Residency, Warm
 
 logger = logging.getLogger(__name__)
@@ -40,17 +39,6 @@ logger = logging.getLogger(__name__)
 MAX_LOST_LOADERS = 3
 """A load that this many loaders in a row did not survive fails its requests."""
 RETRY_AFTER_S = 1.0
-
-
-@dataclass(slots=True)
-class ResidencyStats:
-    """Counters since the start; ``load_seconds`` runs from the reserved slot to the last byte."""
-
-    num_loads: int = 0
-    num_load_failures: int = 0
-    load_seconds: float = 0.0
-    loaded_bytes: int = 0
-    num_evictions: int = 0
 
 
 class AdapterResidency:
@@ -67,22 +55,18 @@ class AdapterResidency:
     ) -> None:
         self.stats = ResidencyStats()
         self._slots = slots
-        self._forecast = LoadForecast()
+        self._layouts = AdapterLayouts(base, slots)
         self._num_layers = base.num_layers
         self._first_layer_stage = base.layer_stage(0)
         self._adapters: dict[AdapterId, PooledAdapter] = {}
-        self._loads: dict[LoadId, PooledAdapter] = {}
+        self._loads = AdapterLoads()
         # Pinned ones that are to be loaded without a request.
         self._preload: dict[AdapterId, PooledAdapter] = {}
         self._hints = PrefetchHints()
         self._num_loaders = 0
         self._loader_is_connected = False
-        self._next_load_id = 1
-        self._num_launched = 0
-        self._num_completed = 0
+        self._readers = SlotReaders()
         self._actions: list[AdapterAction] = []
-        # A layout has hundreds of entries: adapters of one shape share it.
-        self._lay_out = lru_cache(maxsize=64)(partial(layout_image, base))
 
     # --- Queries -------------------------------------------------------------------------------
 
@@ -138,8 +122,7 @@ class AdapterResidency:
 
         Empty as long as no load has shown how long one takes.
         """
-        loads = ((a.adapter_id, a.layout.num_bytes, a.load_began_s) for a in self.loads())
-        return list(self._forecast.arrivals(loads, now_s))
+        return self._loads.arrivals(now_s)
 
     @property
     def pool_bytes_used(self) -> int:
@@ -153,32 +136,6 @@ class AdapterResidency:
 
     # --- Registration --------------------------------------------------------------------------
 
-    def check(
-        self, manifest: Manifest, pinned: bool, replaces: AdapterId | None = None
-    ) -> ImageLayout:
-        """The layout of an adapter that can be served, and stay if it is to be pinned.
-
-        ``replaces`` is an adapter that goes away for it.
-
-        Raises:
-            AdapterInvalid: its image is larger than the pool, or does not fit the base model.
-            Overloaded: it is to be pinned, and the pinned ones leave too little room.
-        """
-        shape = tuple(msgspec.structs.replace(module, scaling=1.0) for module in manifest.modules)
-        try:
-            layout = self._lay_out(shape)
-        except ValueError as error:
-            raise AdapterInvalid(f"the adapter does not fit the base model: {error}") from error
-        if layout.num_bytes != manifest.image_bytes:
-            raise Internal(
-                f"image of {manifest.path}: expected {layout.num_bytes} bytes,"
-                f" the loader's manifest says {manifest.image_bytes}"
-            )
-        self._slots.check_fit(layout)
-        if pinned:
-            self._slots.check_pin(layout, replaces)
-        return layout
-
     def add(
         self,
         adapter_id: AdapterId,
@@ -188,9 +145,9 @@ class AdapterResidency:
     ) -> None:
         """The adapter may be asked for; a pinned one is loaded as soon as it fits.
 
-        Raises: as ``check``.
+        ``replaces`` is an adapter that goes away for it. Raises: as ``AdapterLayouts.lay_out``.
         """
-        layout = self.check(manifest, pinned, replaces)
+        layout = self._layouts.lay_out(manifest, pinned, replaces)
         assert adapter_id not in self._adapters, "an adapter id is never used again"
         self._adapters[adapter_id] = PooledAdapter(adapter_id, manifest, layout)
         self._pin(self._adapters[adapter_id], pinned)
@@ -256,14 +213,11 @@ class AdapterResidency:
 
     def step_launched(self, adapter_ids: Iterable[AdapterId]) -> None:
         """A step is in flight, behind all before it, that reads these adapters' slots."""
-        self._num_launched += 1
-        for adapter_id in adapter_ids:
-            self._adapters[adapter_id].last_step = self._num_launched
+        self._readers.launched(map(self.adapter, adapter_ids))
 
     def step_completed(self) -> None:
         """The earliest step in flight reads nothing any more."""
-        self._num_completed += 1
-        assert self._num_completed <= self._num_launched, "a step is launched before it is complete"
+        self._readers.completed()
 
     # --- What the placer and the loader report -------------------------------------------------
 
@@ -272,34 +226,30 @@ class AdapterResidency:
 
         The last layer counts only with ``load_placed``: what may stand behind it is there then.
         """
-        adapter = self._loads.get(load_id)
-        if adapter is not None and adapter.state is AdapterState.LOADING:
+        adapter = self._loads.find(load_id)
+        if adapter is not None:
             num_layers = min(num_stages - self._first_layer_stage, self._num_layers - 1)
             if num_layers > 0:
                 self._layers_placed(adapter, num_layers)
 
     def load_placed(self, load_id: LoadId, now_s: float) -> None:
         """The image's last byte is in the slot. Ignored for a load that was given up."""
-        adapter = self._loads.get(load_id)
-        if adapter is None or adapter.state is not AdapterState.LOADING:
+        adapter = self._loads.find(load_id)
+        if adapter is None:
             return
-        del self._loads[load_id]
-        adapter.state = AdapterState.RESIDENT
-        adapter.load_id = None
-        adapter.num_lost_loaders = 0
+        self._loads.complete(load_id, now_s)
         self._hints.forget(adapter.adapter_id)
         self._slots.update(adapter)
         self.stats.num_loads += 1
         self.stats.loaded_bytes += adapter.layout.num_bytes
         self.stats.load_seconds += now_s - adapter.load_began_s
-        self._forecast.placed(adapter.layout.num_bytes, adapter.load_began_s, now_s)
         self._layers_placed(adapter, self._num_layers)
         logger.info("adapter %d is resident", adapter.adapter_id)
 
     def load_failed(self, load_id: LoadId, error: SidestreamError) -> None:
         """The loader sends no more of it, and its waiting requests fail with ``error``."""
-        adapter = self._loads.get(load_id)
-        if adapter is not None and adapter.state is AdapterState.LOADING:
+        adapter = self._loads.find(load_id)
+        if adapter is not None:
             self.fail_load(adapter, error)
 
     def load_abandoned(self, load_id: LoadId) -> None:
@@ -308,11 +258,7 @@ class AdapterResidency:
         Raises:
             Internal: the load is not one that is being cancelled.
         """
-        adapter = self._loads.get(load_id)
-        if adapter is None or adapter.state is not AdapterState.CANCELLING:
-            raise Internal(f"load {load_id} was abandoned, but it is not being cancelled")
-        del self._loads[load_id]
-        adapter.load_id = None
+        adapter = self._loads.remove(load_id)
         self._slots.free(adapter)
         self._forget_if_done(adapter)
 
@@ -324,9 +270,7 @@ class AdapterResidency:
     def loader_lost(self) -> None:
         """Every load in flight is cancelled, and tried again with the next loader."""
         self._loader_is_connected = False
-        for adapter in self._loads.values():
-            if adapter.state is not AdapterState.LOADING:
-                continue
+        for adapter in self.loads():
             adapter.num_lost_loaders += 1
             if adapter.num_lost_loaders < MAX_LOST_LOADERS:
                 self._abandon(adapter)
@@ -344,7 +288,7 @@ class AdapterResidency:
 
     def loads(self) -> list[PooledAdapter]:
         """Those that are LOADING, the earliest first."""
-        return [load for load in self._loads.values() if load.state is AdapterState.LOADING]
+        return self._loads.in_flight()
 
     def preloads(self) -> list[PooledAdapter]:
         """Pinned ones that are ABSENT and to be loaded without a request."""
@@ -362,12 +306,7 @@ class AdapterResidency:
 
     def begin_load(self, adapter: PooledAdapter, now_s: float) -> None:
         """Loads an ABSENT adapter into the slot that was reserved for it just now."""
-        load_id = LoadId(self._next_load_id)
-        self._next_load_id += 1
-        adapter.state = AdapterState.LOADING
-        adapter.load_id = load_id
-        adapter.load_began_s = now_s
-        self._loads[load_id] = adapter
+        load_id = self._loads.begin(adapter, now_s)
         self._preload.pop(adapter.adapter_id, None)
         self._actions.append(
             BeginLoad(
@@ -377,7 +316,7 @@ class AdapterResidency:
                 adapter.layout,
                 adapter.extents,
                 # Of whom this slot was is not kept: a step may read another's that is free, too.
-                follows_steps=self._slots.last_vacated_step > self._num_completed,
+                follows_steps=self._readers.is_in_flight(self._slots.last_vacated_step),
             )
         )
 
@@ -419,12 +358,11 @@ class AdapterResidency:
         adapter.num_placed_layers = num_layers
 
     def _abandon(self, adapter: PooledAdapter) -> None:
-        assert adapter.load_id is not None, "only a load in flight is abandoned"
-        adapter.state = AdapterState.CANCELLING
+        load_id = self._loads.cancel(adapter)
         if adapter.num_placed_layers:
             adapter.num_placed_layers = 0
             self._actions.append(RemoveAdapter(adapter.adapter_id))
-        self._actions.append(AbandonLoad(adapter.load_id))
+        self._actions.append(AbandonLoad(load_id))
 
     def _pin(self, adapter: PooledAdapter, pinned: bool) -> None:
         self._slots.set_pinned(adapter, pinned)

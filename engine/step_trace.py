@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Protocol
 
+from engine.action_dispatch import Slots
 from engine.adapter_actions import BeginLoad, InstallAdapter
-from engine.core import Runner, Slots
+from engine.core import Runner
 from engine.plan import LaunchedStep, LayerGroup, SampledToken, StepPlan
 from ipc.messages import AdapterId, LoadId
 from ipc.trace import Args, Flow, Recorder

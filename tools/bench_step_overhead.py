@@ -30,7 +30,8 @@ from engine.device import CpuDevice
 from engine.drawn_tokens import DrawnStep, DrawnTokens
 from engine.plan import LaunchedStep, StepPlan
 from engine.residency import AdapterResidency
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler import Scheduler
+from engine.scheduler_limits import SchedulerLimits
 from engine.slot_allocator import SlotAllocator
 from engine.step_trace import DeviceTimes, LoadNames, TracedRunner
 from ipc.base_model import LINEAR_MODULES, BaseModel, DType, LinearShape

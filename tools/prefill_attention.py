@@ -7,15 +7,17 @@ the L2 cache cold, in the same run as a large matrix product of the same dtype.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from engine.kernels.causal_choice import CausalAttention, HopperAttention
-from engine.kernels.causal_hopper import CausalTuning, has_causal_hopper
+from engine.kernels.causal_choice import CausalAttention
+from engine.kernels.causal_hopper import CausalTuning, causal_hopper, has_causal_hopper
 from engine.kernels.causal_varlen import causal_varlen
+from engine.kernels.packed_sequences import PackedSequences
 
 _NUM_HEADS = 32
 _NUM_KV_HEADS = 8
@@ -71,11 +73,10 @@ class PrefillInputs:
         heads = torch.randn(max(sum(queries), sum(keys)), sum(widths), _HEAD_DIM, device="cuda")
         query, key, value = heads.to(_DTYPE).split_with_sizes(widths, dim=1)
         self._rows = query[: sum(queries)], key[: sum(keys)], value[: sum(keys)]
-        self._starts = _starts(queries), _starts(keys)
-        self._longest = max(queries), max(keys)
+        self._sequences = PackedSequences(_starts(queries), _starts(keys), max(queries), max(keys))
 
     def attend(self, causal: CausalAttention) -> Tensor:
-        return causal(*self._rows, *self._starts, *self._longest)
+        return causal(*self._rows, self._sequences)
 
 
 def _starts(counts: Sequence[int]) -> Tensor:
@@ -101,7 +102,9 @@ def measure_prefills(seconds: Timer, tunings: Sequence[CausalTuning]) -> list[di
         expected = inputs.attend(causal_varlen)
         choices: list[tuple[str, dict[str, Any], CausalAttention]] = [("torch", {}, causal_varlen)]
         if has_ours:
-            choices += [("ours", asdict(each), HopperAttention(each)) for each in tunings]
+            choices += [
+                ("ours", asdict(each), partial(causal_hopper, tuning=each)) for each in tunings
+            ]
         for kernel, tuning, causal in choices:
             try:
                 got = inputs.attend(causal)

@@ -23,8 +23,9 @@ from ipc.errors import InvalidRequest, Unavailable
 from ipc.trace import create_trace
 from loader.config import LoaderConfig
 from tools.child import ChildSpec
-from tools.options import SupervisorConfig, add_options, given_values
+from tools.options.table import add_options, given_values
 from tools.supervisor import ServerSpec, Supervisor
+from tools.supervisor_config import SupervisorConfig
 from tools.values import parse_name_and_path
 
 # Beside the drain: to close connections and to leave.

@@ -4,9 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.row_tiles import launch_row_tiles
 from engine.lora.delta import Delta
-
-_TILE = 1024
 
 
 def add_residual(residual: Tensor, x: Tensor, delta: Delta, overlaps: bool) -> None:
@@ -19,20 +18,7 @@ def add_residual(residual: Tensor, x: Tensor, delta: Delta, overlaps: bool) -> N
     assert residual.shape == x.shape and residual.dtype == x.dtype, (residual.shape, x.shape)
     assert residual.is_contiguous() and x.is_contiguous(), (residual.stride(), x.stride())
     delta.check(num_rows, width)
-    if num_rows == 0:
-        return
-    overlaps = overlaps and delta.overlaps
-    _add_residual_kernel[(num_rows, triton.cdiv(width, _TILE))](
-        residual,
-        x,
-        delta.values,
-        delta.has_adapter,
-        WIDTH=width,
-        TILE=_TILE,
-        OVERLAPS=overlaps,
-        num_warps=4,
-        launch_pdl=overlaps,
-    )
+    launch_row_tiles(_add_residual_kernel, (residual, x), delta, num_rows, width, overlaps)
 
 
 @triton.jit

@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from engine.kernels.packed_sequences import PackedSequences
+
 HEAD_DIMS = (64, 128)
 _CAPABILITY = (9, 0)
 
@@ -55,8 +57,7 @@ def causal_hopper(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_starts: Tensor,
-    key_starts: Tensor,
+    sequences: PackedSequences,
     tuning: CausalTuning,
 ) -> Tensor:
     """What ``engine.kernels.causal_varlen.causal_varlen`` computes, see there for the arguments.
@@ -68,6 +69,7 @@ def causal_hopper(
     num_kv_heads = key.shape[1]
     assert head_dim in HEAD_DIMS and num_heads % num_kv_heads == 0, (query.shape, key.shape)
     assert query.stride()[1:] == (head_dim, 1), query.stride()
+    query_starts, key_starts = sequences.query_starts, sequences.key_starts
     assert query_starts.is_contiguous() and key_starts.is_contiguous()
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if num_queries == 0:

@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.row_tiles import launch_row_tiles
 from engine.lora.delta import Delta
-
-_TILE = 1024
 
 
 def silu_mul(gate_up: Tensor, overlaps: bool, delta: Delta | None = None) -> Tensor:
@@ -21,22 +20,16 @@ def silu_mul(gate_up: Tensor, overlaps: bool, delta: Delta | None = None) -> Ten
     assert gate_up.is_contiguous() and both % 2 == 0, gate_up.shape
     width = both // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
-    if num_rows == 0:
-        return out
     if delta is not None:
         delta.check(num_rows, both)
-        overlaps = overlaps and delta.overlaps
-    _silu_mul_kernel[(num_rows, triton.cdiv(width, _TILE))](
-        out,
-        gate_up,
-        delta and delta.values,
-        delta and delta.has_adapter,
-        WIDTH=width,
-        TILE=_TILE,
+    launch_row_tiles(
+        _silu_mul_kernel,
+        (out, gate_up),
+        delta,
+        num_rows,
+        width,
+        overlaps,
         HAS_DELTA=delta is not None,
-        OVERLAPS=overlaps,
-        num_warps=4,
-        launch_pdl=overlaps,
     )
     return out
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
+from engine.action_dispatch import Slots
 from engine.adapter_actions import BeginLoad, InstallAdapter
 from engine.commands import Command, LoadAbandoned, LoadPlaced
-from engine.core import Slots
 from engine.device import Device, torch_dtype
 from engine.lora.pool import AdapterPool
 from ipc.base_model import DType

@@ -7,7 +7,8 @@ from engine.cohorts import Cohorts
 from engine.config import AdapterLoading
 from engine.residency import AdapterResidency
 from engine.rotation import Rotation
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler import Scheduler
+from engine.scheduler_limits import SchedulerLimits
 from engine.sequence import Sequence, SequenceId
 from engine.slot_allocator import SlotAllocator
 from engine.step_costs import StepCosts

@@ -3,7 +3,7 @@ import pytest
 from engine.adapter_actions import BeginLoad
 from engine.config import AdapterLoading
 from engine.plan import SampledToken, SequenceProgress, StepPlan
-from engine.scheduler import SchedulerLimits
+from engine.scheduler_limits import SchedulerLimits
 from engine.sequence import Sequence, SequenceState
 from ipc.errors import InvalidRequest
 from ipc.messages import AdapterId, FinishReason, SamplingParams
@@ -473,3 +473,13 @@ def test_an_adapter_that_is_late_holds_nobody() -> None:
     assert not policy.scheduler.schedule(0.019).chunks
     plan = policy.scheduler.schedule(0.021)
     assert [chunk.sequence.sequence_id for chunk in plan.chunks] == [0]
+
+
+def test_nobody_is_held_any_more_once_all_who_waited_are_gone() -> None:
+    policy = _with_a_second_adapter_expected()
+    policy.scheduler.schedule(0.012)
+    assert policy.scheduler.held_until_s is not None
+    for number in (1, 2):
+        policy.scheduler.fail_adapter(AdapterId(number))
+    policy.scheduler.schedule(0.013)
+    assert policy.scheduler.held_until_s is None

@@ -1,6 +1,7 @@
 """The ``sidestream`` command, as a process and against a server of the test."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from tools.cli import main, make_parser
-from tools.options import OPTIONS
+from tools.options.table import OPTIONS
 from tools.serve import reserve_port
 
 
@@ -82,6 +83,15 @@ def test_help_explains_every_option() -> None:
     for flag in ("--lora ", "--pin ", "--lora-dir ", "--adapter-root ", "--served-model-name "):
         assert flag in command.stdout
     assert "(default: 4GiB)" in command.stdout
+
+
+def test_help_goes_from_where_the_server_listens_to_how_its_processes_are_watched(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    titles = re.findall(r"^(\w+):$", capsys.readouterr().out, re.MULTILINE)
+    assert titles[-5:] == ["HTTP", "model", "batching", "adapters", "process"]
 
 
 @pytest.mark.parametrize(

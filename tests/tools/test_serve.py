@@ -19,8 +19,9 @@ from engine.config import (
 from ipc.errors import InvalidRequest, Unavailable
 from loader.config import LoaderConfig
 from tools.cli import make_parser
-from tools.options import OPTIONS, LogLevel, SupervisorConfig
+from tools.options.table import OPTIONS
 from tools.serve import ServePlan, plan_server, reserve_port, server_spec
+from tools.supervisor_config import LogLevel, SupervisorConfig
 
 # What positional arguments set, and options that mean something to several processes.
 COMPOSED = {

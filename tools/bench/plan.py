@@ -17,7 +17,7 @@ from tools.bench.summary import Limits
 from tools.bench.values import parse_rank_counts
 from tools.bench.warm_up import WarmUp
 from tools.bench.workload import Workload
-from tools.options import OPTIONS
+from tools.options.table import OPTIONS
 from tools.serve import add_serve_arguments, plan_server
 
 

@@ -37,10 +37,6 @@ class Plan:
     settle_steps: int = 8
 
     @property
-    def steps_per_phase(self) -> int:
-        return self.steps_per_round * self.rounds_per_phase
-
-    @property
     def max_tokens(self) -> int:
         # Some rows get their first tokens while others' prompts are still computed.
         return self.steps_per_round + 4 * self.settle_steps

@@ -8,7 +8,8 @@ from engine.block_manager import BlockManager
 from engine.compute import Compute
 from engine.config import EngineConfig
 from engine.residency import AdapterResidency
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler import Scheduler
+from engine.scheduler_limits import SchedulerLimits
 from engine.slot_allocator import SlotAllocator
 
 

@@ -22,6 +22,7 @@ from engine.kernels.add_residual import add_residual
 from engine.kernels.causal_hopper import HEAD_DIMS, CausalTuning, causal_hopper
 from engine.kernels.decode_workspace import DecodeWorkspace
 from engine.kernels.head_rotation import HeadRotation
+from engine.kernels.packed_sequences import PackedSequences
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope_kv import rope_kv
@@ -169,7 +170,8 @@ def prefill(head_dim: int) -> None:
     rows = torch.zeros(_NUM_ROWS, 48, head_dim, dtype=torch.bfloat16)
     query, key, value = rows.split_with_sizes((32, 8, 8), dim=1)
     starts = torch.tensor([0, _NUM_ROWS], dtype=torch.int32)
-    causal_hopper(query, key, value, starts, starts, CausalTuning())
+    sequences = PackedSequences(starts, starts, _NUM_ROWS, _NUM_ROWS)
+    causal_hopper(query, key, value, sequences, CausalTuning())
 
 
 def hasty_instructions(ptx: str) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.kernels.causal_choice import choose_causal
 from engine.kernels.causal_hopper import CausalTuning, causal_hopper, has_causal_hopper
 from engine.kernels.causal_varlen import causal_varlen
+from engine.kernels.packed_sequences import PackedSequences
 from tests.engine.kernels.dtypes import assert_near
 
 # Small ones, so that several of them stand in the sequences here.
@@ -47,7 +48,9 @@ class Packed:
         num_heads, num_kv_heads, head_dim = heads
         counts = torch.tensor([(0, 0), *chunks], dtype=torch.int32)
         starts = counts.cumsum(0, dtype=torch.int32).T.contiguous().to(device)
-        self.query_starts, self.key_starts = starts.unbind(0)
+        query_starts, key_starts = starts.unbind(0)
+        max_queries, max_keys = counts.amax(0).tolist()
+        self.sequences = PackedSequences(query_starts, key_starts, max_queries, max_keys)
         widths = (num_heads, num_kv_heads, num_kv_heads)
         num_queries, num_keys = counts.sum(0).tolist()
         rows = torch.randn(max(num_queries, num_keys), sum(widths), head_dim).to(device, dtype)
@@ -56,20 +59,14 @@ class Packed:
         self.key, self.value = self.key[:num_keys], self.value[:num_keys]
 
     def attend(self, tuning: CausalTuning) -> Tensor:
-        return causal_hopper(
-            self.query,
-            self.key,
-            self.value,
-            self.query_starts,
-            self.key_starts,
-            tuning,
-        )
+        return causal_hopper(self.query, self.key, self.value, self.sequences, tuning)
 
     def expected(self) -> Tensor:
         """In fp32, sequence by sequence."""
         out = torch.empty_like(self.query, dtype=torch.float32)
         group = self.query.shape[1] // self.key.shape[1]
-        query_starts, key_starts = self.query_starts.tolist(), self.key_starts.tolist()
+        query_starts = self.sequences.query_starts.tolist()
+        key_starts = self.sequences.key_starts.tolist()
         for sequence in range(len(query_starts) - 1):
             rows = slice(*query_starts[sequence : sequence + 2])
             keys = slice(*key_starts[sequence : sequence + 2])
@@ -127,7 +124,7 @@ def test_what_is_no_number_stays_in_its_own_sequence(
     packed = Packed(chunks, (2, 1, 64), dtype, device)
     sound = packed.attend(CausalTuning())
     packed.query[length : 2 * length] = torch.nan
-    first, last = packed.key_starts[1:3].tolist()
+    first, last = packed.sequences.key_starts[1:3].tolist()
     packed.key[first:last] = torch.nan
     packed.value[first:last] = torch.nan
     got = packed.attend(CausalTuning())

@@ -29,7 +29,7 @@ from tools.gpu_checks.timing import DeviceEvent
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float>(...)", PRODUCTS),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>(...)", ATTENTION),
         ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<128>>(...)", ATTENTION),
-        ("_paged_decode_kernel", ATTENTION),
+        ("paged_decode_kernel", ATTENTION),
         ("_rms_norm_kernel", NORMS),
         ("_rope_kv_kernel", ROPE),
         ("_silu_mul_kernel", SILU),

@@ -24,7 +24,7 @@ def test_adapters_are_staged_in_the_phases_that_say_so_and_in_no_other(tmp_path:
     check_staging(report, setting)
     plan, details = plan_for(setting), report.details["staging"]
     for phase in (*details["quiet"], *details["staging"]):
-        assert len(phase["samples_s"]) == plan.steps_per_phase
+        assert len(phase["samples_s"]) == plan.steps_per_round * plan.rounds_per_phase
         assert min(phase["samples_s"]) > 0
     assert all(phase["placed_s"] == [] for phase in details["quiet"])
     assert all(len(phase["placed_s"]) >= 2 for phase in details["staging"])
