@@ -1,6 +1,7 @@
 """The engine process: model and pool, the step and placer threads, and the I/O loop around them."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -88,6 +89,10 @@ async def _start(engine: Engine, child: Child[EngineConfig], stop: Callable[[int
         child.failed(error)
         stop(1)
     else:
+        # What is there now stays: to look through all of it, again and again, would hold up the
+        # step thread for longer than a decode takes.
+        gc.collect()
+        gc.freeze()
         child.ready(engine.description)
 
 

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from engine.kernels.launch import launch
 from engine.kernels.packed_sequences import PackedSequences
 
 HEAD_DIMS = (64, 128)
@@ -76,7 +77,9 @@ def causal_hopper(
         return out
     num_sequences = len(query_starts) - 1
     num_tiles = num_queries // tuning.tile_queries + num_sequences
-    _causal_hopper_kernel[(num_heads, num_tiles)](
+    launch(
+        _causal_hopper_kernel,
+        (num_heads, num_tiles),
         out,
         query,
         _rows(key, tuning.tile_keys),

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.launch import launch
+
 _TILE = 512
 
 
@@ -27,8 +29,17 @@ def read_host(source: Tensor, target: Tensor, head: int, width: int, pitch: int)
     assert num_rows * width == num_words - head, (num_words, head, width)
     if num_rows:
         assert head + (num_rows - 1) * pitch + width <= target.numel(), target.shape
-    _read_host_kernel[(triton.cdiv(num_words, _TILE),)](
-        target, source, num_words, head, width, pitch, TILE=_TILE, num_warps=4
+    launch(
+        _read_host_kernel,
+        (triton.cdiv(num_words, _TILE),),
+        target,
+        source,
+        num_words,
+        head,
+        width,
+        pitch,
+        TILE=_TILE,
+        num_warps=4,
     )
 
 

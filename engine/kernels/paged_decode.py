@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.kernels.decode_workspace import DecodeWorkspace
 from engine.kernels.head_rotation import HeadRotation
+from engine.kernels.launch import launch
 from engine.kernels.paged_decode_kernel import paged_decode_kernel
 from engine.lora.delta import Delta
 
@@ -96,7 +97,9 @@ def paged_decode(
         delta.check(num_rows, (num_heads + 2 * num_kv_heads) * head_dim)
         overlaps = overlaps and delta.overlaps
     query_norm, key_norm = (rotation and rotation.norms) or (None, None)
-    paged_decode_kernel[(num_kv_heads, num_splits, num_sequences)](
+    launch(
+        paged_decode_kernel,
+        (num_kv_heads, num_splits, num_sequences),
         out,
         query,
         key,

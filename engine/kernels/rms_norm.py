@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.launch import launch
 from engine.lora.delta import Delta
 
 
@@ -56,7 +57,9 @@ def _launch(
         delta.check(num_rows, width)
         overlaps = overlaps and delta.overlaps
     tile = triton.next_power_of_2(width)
-    _rms_norm_kernel[(num_rows,)](
+    launch(
+        _rms_norm_kernel,
+        (num_rows,),
         out,
         x,
         residual,

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.head_rotation import HeadRotation, turn_heads
+from engine.kernels.launch import launch
 
 # Query heads of one program.
 _TILE_HEADS = 16
@@ -35,7 +36,9 @@ def rope_kv(
         return
     tile_heads = min(_TILE_HEADS, triton.next_power_of_2(num_heads))
     num_query_parts = triton.cdiv(num_heads, tile_heads)
-    _rope_kv_kernel[(num_tokens, num_query_parts + 1)](
+    launch(
+        _rope_kv_kernel,
+        (num_tokens, num_query_parts + 1),
         qkv,
         rotation.rotation,
         query_norm,

@@ -5,6 +5,7 @@ from typing import Any
 import triton
 from torch import Tensor
 
+from engine.kernels.launch import launch
 from engine.lora.delta import Delta
 
 _TILE = 1024
@@ -28,7 +29,9 @@ def launch_row_tiles(
     if num_rows == 0:
         return
     overlaps = overlaps and (delta is None or delta.overlaps)
-    kernel[(num_rows, triton.cdiv(width, _TILE))](
+    launch(
+        kernel,
+        (num_rows, triton.cdiv(width, _TILE)),
         *tensors,
         delta and delta.values,
         delta and delta.has_adapter,

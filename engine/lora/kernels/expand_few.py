@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.launch import launch
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from engine.lora.work import EXPAND_WORD, UNIT_WORDS
 from ipc.base_model import LINEAR_MODULES
@@ -61,7 +62,9 @@ def expand_few(
     blocks = group.column_blocks(max(tuning.columns))
     max_items = (units.shape[0] - 1) * blocks[2]
     num_programs = min(max_items, tuning.programs_per_processor * num_processors)
-    _expand_few_kernel[(num_programs,)](
+    launch(
+        _expand_few_kernel,
+        (num_programs,),
         out,
         weights.arena,
         weights.offsets,

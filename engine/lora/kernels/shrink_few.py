@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.launch import launch
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from engine.lora.kernels.split_sum import is_last_arrival, load_part
 from engine.lora.work import SHRINK_ROW_WORD, SHRINK_ROWS_WORD, UNIT_WORDS
@@ -92,7 +93,9 @@ def shrink_few(
     num_parts = num_programs * tile_rows * tuning.rows_ranks
     assert rows_partial + num_parts <= scratch.partial.numel(), (rows_partial, num_parts)
     assert max_tiles <= scratch.arrivals.numel(), max_tiles
-    _shrink_few_kernel[(num_programs,)](
+    launch(
+        _shrink_few_kernel,
+        (num_programs,),
         x,
         weights.arena,
         weights.offsets,

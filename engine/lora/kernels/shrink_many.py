@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.launch import launch
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from engine.lora.kernels.split_sum import is_last_arrival, load_part
 from ipc.base_model import LINEAR_MODULES
@@ -76,7 +77,9 @@ def shrink_many(
     part = num_tiles * tuning.tile_rows * scratch.columns
     num_splits = max(1, min(num_splits, num_steps, scratch.partial.numel() // part))
     assert num_splits == 1 or num_tiles * rank_blocks <= scratch.arrivals.numel(), num_tiles
-    _shrink_many_kernel[(rank_blocks, num_tiles, num_splits)](
+    launch(
+        _shrink_many_kernel,
+        (rank_blocks, num_tiles, num_splits),
         x,
         weights.arena,
         weights.offsets,
