@@ -139,7 +139,7 @@ class Admission:
                 return False
         if room.for_layers:
             self._layer_jobs.plan_waiting(
-                self._waiting, may_begin, room.for_layers, len(self._running)
+                self._waiting, may_begin, room.for_layers, room.longest, len(self._running)
             )
         return False
 

@@ -73,7 +73,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    chunked_prefill_size: int | None = 640
+    chunked_prefill_size: int | None = 512
     max_waiting: int = 4096
     block_size: int = 16
     kv_cache_bytes: int | None = None
@@ -83,7 +83,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     max_adapter_bytes: int = 1024 * MiB
     max_lora_rank: int = 256
-    adapter_loading: AdapterLoading = AdapterLoading.OVERLAP
+    adapter_loading: AdapterLoading = AdapterLoading.LAYERWISE
     max_adapter_wait_s: float = 2.0
     adapter_load_timeout_s: float = 60.0
     adapter_cohorts: bool = False

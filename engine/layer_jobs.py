@@ -14,15 +14,19 @@ There is one job at a time: loads arrive in the order of the queue, so a second 
 come when the first one is complete, and its job then ends within the next few steps. A chunk may
 be as large as a whole step: what it costs each of its steps is bounded by layers instead.
 
+Nor does a job begin where two sequences wait for the adapter that fit into one step together: the
+first would gain a part of one pass, and all others wait for a decode and a pass more.
+
 A waiting job stands in nobody's way. Blocks that someone else could run with are taken from it,
 and it does not count against ``max_num_seqs``: it asks for a place when its adapter is there, so
 a loader that stalls leaves to all others what they would have without the job. Whenever a job is
-lost its sequence begins anew, as if it had never had one; so no group ever follows upon another
-one that read an earlier load.
+lost its sequence begins anew, as if it had never had one; nor does a group of one load under way
+follow upon another one's.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from engine.adapter_slots import PooledAdapter
 from engine.block_manager import BlockManager
@@ -30,7 +34,7 @@ from engine.plan import LayerGroup, ScheduledChunk
 from engine.residency import AdapterResidency
 from engine.sequence import Sequence, SequenceState
 from engine.waiting_queue import WaitingQueue
-from ipc.messages import AdapterId
+from ipc.messages import AdapterId, LoadId
 
 
 @dataclass(slots=True)
@@ -43,10 +47,14 @@ class LayerJobStats:
 
 @dataclass(slots=True)
 class _Job:
-    """``chunk`` went through the layers before ``next_layer``, or will in the steps in flight."""
+    """``chunk`` went through the layers before ``next_layer``, or will in the steps in flight.
+
+    ``load_id`` is what was under way when it began; None if nothing was.
+    """
 
     chunk: ScheduledChunk
     adapter_id: AdapterId | None
+    load_id: LoadId | None
     next_layer: int = 0
 
 
@@ -66,11 +74,17 @@ class LayerJobs:
         self._max_chunk_tokens = max_chunk_tokens
         self._job: _Job | None = None
         self._planned: LayerGroup | None = None
+        self._due_s: float | None = None
 
     @property
     def planned(self) -> LayerGroup | None:
         """What the step that is being scheduled computes of the job."""
         return self._planned
+
+    @property
+    def due_s(self) -> float | None:
+        """When a job can begin for which only the first layers are missing, if that is known."""
+        return self._due_s
 
     @property
     def is_free(self) -> bool:
@@ -89,8 +103,9 @@ class LayerJobs:
     def begin_step(self) -> None:
         """Plans nothing yet. A job whose adapter has lost what was placed of it is dropped."""
         self._planned = None
+        self._due_s = None
         job = self._job
-        if job is not None and self._num_placed_layers(job) < job.next_layer:
+        if job is not None and self._has_lost_layers(job):
             self.drop(job.chunk.sequence)
 
     def make_room(self) -> bool:
@@ -133,15 +148,18 @@ class LayerJobs:
         waiting: WaitingQueue,
         may_begin: Callable[[Sequence], bool],
         budget: int,
+        longest: int | None,
         num_running: int,
     ) -> None:
         """As ``plan``, for a sequence that waits for its adapter; begins a job if there is none.
 
         To be called when everybody who can be admitted was, and neither blocks nor places ran out.
-        ``may_begin`` says whether anything but its adapter keeps a sequence waiting.
+        ``may_begin`` says whether anything but its adapter keeps a sequence waiting; prefills of
+        ``longest`` tokens together fit into one step (None: as many as a job's chunk may have).
         """
         if self._job is None:
-            self._begin_waiting(waiting, may_begin, num_running)
+            longest = longest or self._max_chunk_tokens
+            self._begin_waiting(waiting, may_begin, longest, num_running)
         job = self._job
         if job is not None and _waits(job) and may_begin(job.chunk.sequence):
             self.plan(budget)
@@ -158,7 +176,11 @@ class LayerJobs:
             self._job = None
 
     def _begin_waiting(
-        self, waiting: WaitingQueue, may_begin: Callable[[Sequence], bool], num_running: int
+        self,
+        waiting: WaitingQueue,
+        may_begin: Callable[[Sequence], bool],
+        longest: int,
+        num_running: int,
     ) -> None:
         """The earliest sequence whose adapter is there in part, if there are blocks for it."""
         arriving = filter(_has_begun_to_arrive, self._residency.loads())
@@ -166,20 +188,46 @@ class LayerJobs:
             waiting.first(adapter.adapter_id)
             for adapter in arriving
             if waiting.num_waiting(adapter.adapter_id)
+            and not _would_batch(waiting, adapter.adapter_id, longest)
         )
         # Who is paused has been through all layers, and keeps what came of it.
         candidates = (
             each for each in firsts if each.state is SequenceState.WAITING and may_begin(each)
         )
         sequence = min(candidates, key=lambda each: each.place, default=None)
-        if sequence is not None and self._blocks.admit(sequence, num_spare=num_running):
+        if sequence is None:
+            self._due_s = self._first_layers_s(waiting, may_begin, longest)
+        elif self._blocks.admit(sequence, num_spare=num_running):
             self._job = self._new_job(sequence)
+
+    def _first_layers_s(
+        self, waiting: WaitingQueue, may_begin: Callable[[Sequence], bool], longest: int
+    ) -> float | None:
+        """When those are expected that the next job needs; None if it is nobody's."""
+        arrival = self._residency.first_layers()
+        if arrival is None or not waiting.num_waiting(arrival.adapter_id):
+            return None
+        first = waiting.first(arrival.adapter_id)
+        if first.state is not SequenceState.WAITING or not may_begin(first):
+            return None
+        if _would_batch(waiting, arrival.adapter_id, longest):
+            return None
+        return arrival.expected_s
 
     def _new_job(self, sequence: Sequence) -> _Job:
         num_tokens = min(sequence.num_uncomputed_tokens, self._max_chunk_tokens)
         samples = num_tokens == sequence.num_uncomputed_tokens
         chunk = ScheduledChunk(sequence, sequence.num_computed_tokens, num_tokens, samples)
-        return _Job(chunk, sequence.adapter_id)
+        return _Job(chunk, sequence.adapter_id, self._load_id(sequence.adapter_id))
+
+    def _load_id(self, adapter_id: AdapterId | None) -> LoadId | None:
+        return None if adapter_id is None else self._residency.adapter(adapter_id).load_id
+
+    def _has_lost_layers(self, job: _Job) -> bool:
+        if self._num_placed_layers(job) < job.next_layer:
+            return True
+        # A next load can have come as far while the step before was running.
+        return self._load_id(job.adapter_id) not in (None, job.load_id)
 
     def _num_placed_layers(self, job: _Job) -> int:
         if job.adapter_id is None:
@@ -189,6 +237,12 @@ class LayerJobs:
 
 def _waits(job: _Job) -> bool:
     return job.chunk.sequence.state is SequenceState.WAITING
+
+
+def _would_batch(waiting: WaitingQueue, adapter_id: AdapterId, longest: int) -> bool:
+    """Whether the first two that wait for the adapter fit into one step."""
+    firsts = [each.num_uncomputed_tokens for each in islice(waiting.waiting_for(adapter_id), 2)]
+    return len(firsts) > 1 and sum(firsts) <= longest
 
 
 def _has_begun_to_arrive(adapter: PooledAdapter) -> bool:

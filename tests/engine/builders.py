@@ -33,15 +33,18 @@ EOS = 0
 
 
 def make_manifest(
-    adapter_id: int, rank: int = 8, modules: tuple[str, ...] = ("q_proj",)
+    adapter_id: int,
+    rank: int = 8,
+    modules: tuple[str, ...] = ("q_proj",),
+    base: BaseModel = BASE,
 ) -> Manifest:
     """An adapter of ``rank`` on ``modules`` of every layer: 6,144 bytes at rank 8 on q_proj."""
     described = tuple(
-        AdapterModule(BASE.layer_stage(layer), module, rank, 2.0)
-        for layer in range(BASE.num_layers)
+        AdapterModule(base.layer_stage(layer), module, rank, 2.0)
+        for layer in range(base.num_layers)
         for module in modules
     )
-    num_bytes = layout_image(BASE, described).num_bytes
+    num_bytes = layout_image(base, described).num_bytes
     generation = Generation(AdapterId(adapter_id), (), "digest")
     path = f"/adapters/{adapter_id}"
     return Manifest(path, generation, "peft", described, rank, num_bytes, num_bytes)
@@ -74,6 +77,7 @@ class Policy:
     def __init__(
         self,
         *,
+        base: BaseModel = BASE,
         pool_bytes: int = 1 << 20,
         num_blocks: int = 64,
         block_size: int = 4,
@@ -88,9 +92,10 @@ class Policy:
         rotation: bool = False,
         adapter_loading: AdapterLoading = AdapterLoading.OVERLAP,
     ) -> None:
+        self.adapter_loading = adapter_loading
         self.pool = SlotAllocator(pool_bytes)
         self.slots = AdapterSlots(self.pool)
-        self.residency = AdapterResidency(BASE, self.slots)
+        self.residency = AdapterResidency(base, self.slots)
         self.demand = AdapterDemand(self.residency, self.slots, load_timeout_s)
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=True)
         limits = SchedulerLimits(

@@ -81,13 +81,19 @@ class Layerwise(Policy):
             self.complete(plan)
         return plan
 
-    def arrive(self, adapter_id: int, num_layers: int) -> None:
+    def arrive(self, adapter_id: int, num_layers: int, now_s: float = 0.0) -> None:
         """The first layers of the adapter's load under way are in place."""
         stages = BASE.layer_stage(num_layers)
-        self.residency.stages_placed(self.loads[adapter_id], stages)
+        self.residency.stages_placed(self.loads[adapter_id], stages, now_s)
 
     def place(self, adapter_id: int, now_s: float = 0.0) -> None:
         self.residency.load_placed(self.loads[adapter_id], now_s)
+
+    def next_load(self, adapter_id: int) -> LoadId:
+        """The load that has begun since the last step."""
+        load_id = self.residency.adapter(AdapterId(adapter_id)).load_id
+        assert load_id is not None and load_id != self.loads[adapter_id]
+        return load_id
 
     def lose_loader(self) -> None:
         """Its loads are given up, and the next one is there."""

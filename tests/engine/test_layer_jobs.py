@@ -137,7 +137,7 @@ def test_the_token_that_ends_a_job_feeds_the_next_step_behind_the_others() -> No
 
 def test_the_earliest_sequence_whose_adapter_is_arriving_has_the_job() -> None:
     policy = Layerwise()
-    for number, adapter_id in ((1, A), (2, B), (3, B)):
+    for number, adapter_id in ((1, A), (2, B), (3, C)):
         policy.ask(number, adapter_id)
     policy.step()
     policy.arrive(B, 1)
@@ -161,12 +161,33 @@ def test_of_two_whose_adapters_are_arriving_the_earlier_has_the_job() -> None:
 
 def test_others_of_the_same_adapter_wait_until_it_is_resident() -> None:
     policy, _ = arriving(1)
-    policy.ask(2, A)
     policy.step()
+    policy.ask(2, A)
     assert policy.step().is_empty
     policy.place(A)
     plan = policy.step()
     assert (in_chunks(plan), layers(plan)) == ([2], [1, 2])
+
+
+def test_no_job_begins_where_two_of_the_same_adapter_fit_into_one_step() -> None:
+    policy, _ = arriving(1)
+    policy.ask(2, A)
+    assert policy.step().is_empty
+    policy.place(A)
+    plan = policy.step()
+    assert (in_chunks(plan), layers(plan)) == ([1, 2], [])
+    assert policy.scheduler.layer_jobs.num_jobs == 0
+
+
+def test_a_job_begins_where_two_of_the_same_adapter_do_not_fit_into_one_step() -> None:
+    policy = Layerwise(max_num_batched_tokens=16)
+    for number in (1, 2):
+        policy.ask(number, A, num_prompt_tokens=9)
+    policy.step()
+    policy.arrive(A, 1)
+    plan = policy.step()
+    assert plan.layer_group is not None
+    assert plan.layer_group.chunk.sequence.sequence_id == 1
 
 
 def test_blocks_of_a_job_are_found_by_others_only_after_its_last_layer() -> None:

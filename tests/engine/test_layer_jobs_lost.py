@@ -31,13 +31,23 @@ def test_a_job_of_a_lost_loader_begins_anew_with_the_next_load() -> None:
     assert sequence.num_output_tokens == 1
 
 
+def test_a_job_does_not_go_on_with_a_next_load_that_came_as_far_between_two_steps() -> None:
+    policy, _ = arriving(2)
+    assert layers(policy.step()) == [0, 1]
+    policy.lose_loader()
+    # As the step loop does while a step is running.
+    policy.scheduler.meet_demand(0.0)
+    policy.residency.stages_placed(policy.next_load(A), BASE.layer_stage(2), 0.0)
+    assert layers(policy.step()) == [0, 1]
+
+
 def test_a_stage_of_a_load_that_was_given_up_leads_to_nothing() -> None:
     policy, _ = arriving(1)
     policy.step()
     first = policy.loads[A]
     policy.lose_loader()
     policy.step()
-    policy.residency.stages_placed(first, BASE.layer_stage(2))
+    policy.residency.stages_placed(first, BASE.layer_stage(2), 0.0)
     assert policy.step().is_empty
 
 
