@@ -1,22 +1,19 @@
-"""Cuts an image into the blocks in which it is read, and reads one block.
+"""Cuts an image into the blocks in which it is read.
 
 A block is a range of the image: neighbouring small entries together, or some rows of a large one.
 Blocks follow one another without gaps, alignment included, so the finished ones in front are the
 image's finished bytes.
 """
 
-import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.errors import AdapterInvalid
 from ipc.image import align
-from loader.adapter_files import AdapterFiles
-from loader.host_tier import HostImage
-from loader.native.runs import FILE_FORMATS, IMAGE_FORMATS, RUN, Fault, conversion_of
+from loader.native.runs import FILE_FORMATS, IMAGE_FORMATS, RUN, conversion_of
 from loader.plan import AdapterPlan
 
 # Smaller blocks cost more in waking threads than they gain in keeping all of them busy.
@@ -30,6 +27,28 @@ class Block(NamedTuple):
     start: int
     stop: int
     runs: NDArray[np.void]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockTable:
+    """All blocks of an image, in order, as compiled code reads them.
+
+    Block ``b`` is ``[starts[b], starts[b + 1])`` of the image, and has the records
+    ``[first_runs[b], first_runs[b + 1])`` of ``runs``: both are ``[num_blocks + 1] int64``.
+    """
+
+    starts: NDArray[np.int64]
+    first_runs: NDArray[np.int64]
+    runs: NDArray[np.void]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.starts.size - 1
+
+    def __getitem__(self, index: int) -> Block:
+        first, last = self.first_runs[index : index + 2]
+        start, stop = self.starts[index : index + 2]
+        return Block(int(start), int(stop), self.runs[first:last])
 
 
 class _Piece(NamedTuple):
@@ -47,76 +66,35 @@ def spread(image_bytes: int, num_threads: int, block_bytes: int) -> int:
     )
 
 
-def cut(plan: AdapterPlan, block_bytes: int) -> list[Block]:
+def cut(plan: AdapterPlan, block_bytes: int) -> BlockTable:
     """The blocks of an image, in order, each of about ``block_bytes`` and at least one row."""
     groups: list[list[_Piece]] = [[]]
     for piece in _pieces(plan, block_bytes):
         if groups[-1] and piece.stop - groups[-1][0].start > block_bytes:
             groups.append([])
         groups[-1].append(piece)
-    table = np.array([run for group in groups for run in sorted(p.run for p in group)], RUN)
-    blocks: list[Block] = []
-    first = 0
-    for group in groups:
-        blocks.append(Block(group[0].start, group[-1].stop, table[first : first + len(group)]))
-        first += len(group)
-    assert blocks[-1].stop == plan.layout.num_bytes
-    return blocks
-
-
-class BlockReader:
-    """Reads blocks into images, one at a time. Owns the scratch memory of one thread.
-
-    The first one in a process compiles what it needs, or loads that: up to some seconds.
-    """
-
-    def __init__(self) -> None:
-        from loader.native.casts import CONVERSIONS
-        from loader.native.fill import SCRATCH_BYTES, fill
-
-        self._fill = fill
-        self._conversions = CONVERSIONS
-        self._scratch = np.empty(SCRATCH_BYTES, np.uint8)
-
-    def read(self, block: Block, image: HostImage, files: AdapterFiles, plan: AdapterPlan) -> None:
-        """Fills ``[block.start, block.stop)`` of ``image``; its padding becomes zeros.
-
-        Raises:
-            AdapterInvalid: a file ends too early, or a value is not finite; names the tensor.
-            OSError: the read failed.
-        """
-        fds = np.array(files.fds, np.int64)
-        fault, index, detail = self._fill(
-            block.runs, self._conversions, fds, image.stage_addresses, self._scratch.ctypes.data
-        )
-        if fault == Fault.NONE:
-            return
-        run = block.runs[index]
-        name = plan.tensors[run["tensor"]].name
-        match fault:
-            case Fault.READ_FAILED:
-                raise OSError(detail, os.strerror(detail))
-            case Fault.ENDED:
-                path = files.path(run["file"])
-                raise AdapterInvalid(f"{path} ends at byte {detail}: it was cut short")
-            case Fault.NOT_FINITE:
-                raise AdapterInvalid(
-                    f"tensor {name!r} has a value that is infinite or not a number"
-                )
-            case Fault.TOO_GREAT:
-                raise AdapterInvalid(
-                    f"tensor {name!r} has a value too great for {plan.dtype.value}"
-                )
-        raise AssertionError(f"the compiled reader answers {fault}")
+    fields = [run for group in groups for run in sorted(piece.run for piece in group)]
+    stop = groups[-1][-1].stop
+    assert stop == plan.layout.num_bytes
+    return BlockTable(
+        np.array([*(group[0].start for group in groups), stop], np.int64),
+        np.cumsum([0, *map(len, groups)], dtype=np.int64),
+        # Far faster than to have every tuple made into a record.
+        np.array(fields, np.int64).view(RUN).reshape(-1),
+    )
 
 
 def _pieces(plan: AdapterPlan, block_bytes: int) -> Iterator[_Piece]:
     target = IMAGE_FORMATS[plan.dtype]
+    # Looked up for every tensor, members of enumerations would take most of the time.
+    conversions = {
+        dtype.value: (conversion_of(source, target), source.num_bytes)
+        for dtype, source in FILE_FORMATS.items()
+    }
     for index, tensor in enumerate(plan.tensors):
         entry = tensor.entry
-        source = FILE_FORMATS[tensor.dtype]
-        conversion = conversion_of(source, target)
-        file_row_bytes = tensor.columns * source.num_bytes
+        conversion, value_bytes = conversions[tensor.dtype.value]
+        file_row_bytes = tensor.columns * value_bytes
         row_bytes = entry.num_bytes // entry.rows
         begin = plan.layout.stages[tensor.stage].offset + entry.offset
         num_rows = max(1, block_bytes // row_bytes)

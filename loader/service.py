@@ -38,7 +38,7 @@ from ipc.messages import (
 from ipc.ring_memory import RingTarget
 from ipc.trace import NO_TRACE, Recorder
 from loader.adapter_files import AdapterFolders
-from loader.blocks import Block, BlockReader
+from loader.blocks import Block
 from loader.config import LoaderConfig
 from loader.daemon_threads import DaemonThreads
 from loader.engine_link import EngineConnection, EngineLink, EngineLostError, attach_ring
@@ -48,6 +48,7 @@ from loader.load_trace import LoadTrace
 from loader.loads import Loads
 from loader.pinning import Pinner
 from loader.reader import Reader
+from loader.shared_blocks import BlockReader
 from loader.stager import Stager
 
 logger = logging.getLogger(__name__)

@@ -33,12 +33,12 @@ from ipc.base_model import BaseModel, DType
 from ipc.messages import AdapterId, AdapterSource
 from loader.__main__ import SWITCH_INTERVAL_S
 from loader.adapter_files import AdapterFolders
-from loader.blocks import BlockReader
 from loader.config import LoaderConfig, default_read_threads
 from loader.host_tier import HostTier
 from loader.inspector import Inspector
 from loader.pinning import touch
 from loader.reader import ImageRead, Reader
+from loader.shared_blocks import BlockReader
 from tools.bench_load import base_model
 from tools.load_adapter import WrittenAdapter, write_random_adapter
 from tools.load_baselines import GB, MiB, read_seconds

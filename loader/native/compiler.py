@@ -126,6 +126,11 @@ memset: Callable[[int, int, int], int] = ExternalFunction(
 )
 """``(address, byte, num_bytes)``"""
 
+signal_event: Callable[[int, int], int] = ExternalFunction(
+    "eventfd_write", numba.int32(numba.int32, numba.uint64)
+)
+"""``(event's descriptor, count)``: wakes whoever reads it; 0, or -1."""
+
 error_number: Callable[[], list[int]] = ExternalFunction("__errno_location", Pointer(numba.int32)())
 """``()[0]``: why the calling thread's last call of the system failed."""
 
@@ -145,3 +150,45 @@ def _call(
 
 call: Callable[[int, int, int, int], int] = intrinsic(_call)
 """``(address of a converter, source address, target address, num_values)``: its ``Fault``."""
+
+
+# --- Words that threads share -----------------------------------------------------------------
+# Of 64 bits and aligned. What a thread wrote before it stored a word is seen by whoever loads that
+# value: machines without that order of their own (x86 has it) get the instructions for it.
+
+_WORD: Any = llvm_ir.IntType(64)
+
+
+def _fetch_add(typing_context: Any, address: Any, count: Any) -> tuple[Any, Callable[..., Any]]:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.inttoptr(arguments[0], _WORD.as_pointer())
+        return builder.atomic_rmw("add", word, arguments[1], "acq_rel")
+
+    return INTEGER(INTEGER, INTEGER), generate
+
+
+def _load(typing_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.inttoptr(arguments[0], _WORD.as_pointer())
+        return builder.load_atomic(word, "acquire", 8)
+
+    return INTEGER(INTEGER), generate
+
+
+def _store(typing_context: Any, address: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.inttoptr(arguments[0], _WORD.as_pointer())
+        builder.store_atomic(arguments[1], word, "release", 8)
+        return context.get_dummy_value()
+
+    return numba.void(INTEGER, INTEGER), generate
+
+
+fetch_add: Callable[[int, int], int] = intrinsic(_fetch_add)
+"""``(address, count)``: adds to the word, in one step; what it was before."""
+
+load: Callable[[int], int] = intrinsic(_load)
+"""``(address)``: the word, and with it all that was written before it was stored."""
+
+store: Callable[[int, int], None] = intrinsic(_store)
+"""``(address, value)``: publishes the word, and all that was written before."""

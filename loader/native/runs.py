@@ -44,6 +44,7 @@ class Fault(IntEnum):
     | `ENDED`       | the byte at which the file ends            |
     | `NOT_FINITE`  | 0; a value is infinite or not a number     |
     | `TOO_GREAT`   | 0; a value would be rounded to infinity    |
+    | `REFUSED`     | 0; what is called before a block says so   |
     """
 
     NONE = 0
@@ -51,6 +52,20 @@ class Fault(IntEnum):
     ENDED = 2
     NOT_FINITE = 3
     TOO_GREAT = 4
+    REFUSED = 5
+
+
+class Turn(IntEnum):
+    """The words that the threads share that fill one image: ``[len(Turn)] int64``.
+
+    | word   | meaning                                            | written by               |
+    |--------|----------------------------------------------------|--------------------------|
+    | `NEXT` | the first block that nobody has taken              | whoever takes one        |
+    | `HALT` | not 0: take no further block                       | Python, under its lock   |
+    """
+
+    NEXT = 0
+    HALT = 1
 
 
 _RUN_FIELDS = (

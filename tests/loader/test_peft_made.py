@@ -11,9 +11,10 @@ import transformers
 from ipc.base_model import LINEAR_GROUPS, BaseModel, DType
 from ipc.messages import AdapterId, AdapterSource, Manifest
 from loader.adapter_files import AdapterFolders
-from loader.blocks import BlockReader, cut
+from loader.blocks import cut
 from loader.host_tier import HostTier
 from loader.inspector import Inspector
+from loader.shared_blocks import BlockReader, SharedBlocks
 from tests.adapters import ALL_MODULES, TORCH_DTYPES, base_model, make_old
 
 NUM_LAYERS = 3
@@ -56,9 +57,8 @@ def inspect(folder: Path, dtype: DType) -> tuple[Manifest, bytes]:
     adapter = inspector.open(AdapterSource(manifest.path, manifest.generation))
     image = HostTier(1 << 22).reserve(manifest.generation, adapter.plan.layout, [])
     assert image is not None
-    reader = BlockReader()
-    for block in cut(adapter.plan, 10_000):
-        reader.read(block, image, adapter.files, adapter.plan)
+    blocks = SharedBlocks(cut(adapter.plan, 10_000))
+    BlockReader().read(blocks, image, adapter.files, adapter.plan)
     adapter.files.close()
     return manifest, b"".join(image.views(0, image.num_bytes))
 

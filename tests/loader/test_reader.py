@@ -135,10 +135,11 @@ def test_blocks_cover_the_image_without_gaps(tmp_path: Path) -> None:
     _, adapter = opened(tmp_path / "a", base)
     adapter.files.close()
     for block_bytes in (1, 999, 10_000, 1 << 20):
-        blocks = cut(adapter.plan, block_bytes)
+        table = cut(adapter.plan, block_bytes)
+        blocks = [table[index] for index in range(table.num_blocks)]
         assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
         assert blocks[-1].stop == adapter.plan.layout.num_bytes
-    assert len(cut(adapter.plan, 1 << 20)) == 1
+    assert cut(adapter.plan, 1 << 20).num_blocks == 1
 
 
 def test_finished_bytes_are_counted_from_the_front(tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_file_that_changes_at_any_point_fails_the_load_or_gives_one_generation(
                 CHANGES[change](path, other)
 
         read = Reading(block_bytes, before_block=before_block).read(tmp_path / "a", base)
-        num_blocks = len(read.blocks)
+        num_blocks = read.blocks.table.num_blocks
         if changed_at >= num_blocks:
             break
         # A file that was replaced or removed is still there for those who have it open.
@@ -300,7 +301,7 @@ def test_cancelled_read_ends_when_its_block_in_flight_does(tmp_path: Path) -> No
     may_go.set()
     assert reading.ended.get(timeout=DEADLINE_S) is read
     reading.reader.stop(DEADLINE_S)
-    assert read.error is not None and read.num_begun == 1
+    assert read.error is not None and read.blocks.num_begun == 1
 
 
 def test_cancelled_read_that_never_began_ends_at_once(tmp_path: Path) -> None:
@@ -329,6 +330,90 @@ def test_most_urgent_read_goes_first(tmp_path: Path) -> None:
     ended = [reading.ended.get(timeout=DEADLINE_S) for _ in reads]
     reading.reader.stop(DEADLINE_S)
     assert ended == [reads[2], reads[0], reads[1]]
+
+
+def test_read_that_becomes_more_urgent_is_next_after_the_block_in_flight(tmp_path: Path) -> None:
+    base = base_model()
+    begun, may_go = threading.Event(), threading.Event()
+    num_begun: list[tuple[int, int]] = []
+
+    def before_block(_: Block) -> None:
+        num_begun.append((reads[0].blocks.num_begun, reads[1].blocks.num_begun))
+        begun.set()
+        assert may_go.wait(DEADLINE_S)
+
+    reading = Reading(1000, before_block=before_block)
+    reads = []
+    for name in ("a", "b"):
+        write_adapter(tmp_path / name, base)
+        source, adapter = opened(tmp_path / name, base)
+        reads.append(reading.reader.begin(reading.room(source, adapter), adapter))
+    reading.reader.start()
+    assert begun.wait(DEADLINE_S)
+    reading.reader.order([reads[1], reads[0]])
+    may_go.set()
+    assert [reading.ended.get(timeout=DEADLINE_S) for _ in reads] == [reads[1], reads[0]]
+    reading.reader.stop(DEADLINE_S)
+    count = reads[0].blocks.table.num_blocks
+    assert count > 5
+    urgent = [(1, index) for index in range(1, count + 1)]
+    assert num_begun == [(1, 0), *urgent, *((index, count) for index in range(2, count + 1))]
+
+
+def test_finished_blocks_are_told_while_their_thread_goes_on(tmp_path: Path) -> None:
+    base = base_model()
+    write_adapter(tmp_path / "a", base)
+    told: queue.Queue[int] = queue.Queue()
+    seen: list[int] = []
+
+    def before_block(block: Block) -> None:
+        # The only thread that reads does not go on before it has been told of the block before.
+        while block.start > 0 and (not seen or seen[-1] < block.start):
+            seen.append(told.get(timeout=DEADLINE_S))
+
+    ended: queue.Queue[ImageRead] = queue.Queue()
+    source, adapter = opened(tmp_path / "a", base)
+    image = HostTier(1 << 20).reserve(source.generation, adapter.plan.layout, [])
+    assert image is not None
+    reader = Reader(1, 1000, lambda: told.put(image.num_ready), ended.put, before_block)
+    read = reader.begin(image, adapter)
+    reader.start()
+    assert ended.get(timeout=DEADLINE_S) is read
+    reader.stop(DEADLINE_S)
+    assert read.error is None and seen == read.blocks.table.starts[1:-1].tolist()
+
+
+def test_every_block_is_read_once_by_whichever_thread_comes(tmp_path: Path) -> None:
+    base = base_model()
+    write_adapter(tmp_path / "a", base, modules=ALL_MODULES)
+    starts: list[int] = []
+    reading = Reading(500, num_threads=4, before_block=lambda block: starts.append(block.start))
+    read = reading.read(tmp_path / "a", base)
+    assert read.error is None and len(starts) > 50
+    assert sorted(starts) == read.blocks.table.starts[:-1].tolist()
+
+
+def test_stop_begins_no_further_block_and_leaves_no_descriptor(tmp_path: Path) -> None:
+    base = base_model()
+    write_adapter(tmp_path / "a", base)
+    begun, may_go = threading.Event(), threading.Event()
+
+    def before_block(_: Block) -> None:
+        begun.set()
+        assert may_go.wait(DEADLINE_S)
+
+    num_open = len(os.listdir("/proc/self/fd"))
+    reading = Reading(1000, before_block=before_block)
+    source, adapter = opened(tmp_path / "a", base)
+    read = reading.reader.begin(reading.room(source, adapter), adapter)
+    reading.reader.start()
+    assert begun.wait(DEADLINE_S)
+    reading.reader.stop(0.0)
+    may_go.set()
+    reading.reader.stop(DEADLINE_S)
+    assert read.blocks.num_begun == 1 and reading.ended.empty()
+    adapter.files.close()
+    assert len(os.listdir("/proc/self/fd")) == num_open
 
 
 def test_defect_in_one_read_fails_that_read_alone(

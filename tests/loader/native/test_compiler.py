@@ -12,11 +12,24 @@ assert CONVERSIONS["check"].any()
 print("loaded" if fill.stats.cache_hits and check_float32.cache_hits else "compiled")
 """
 
+TOGETHER = """
+import threading
+from loader.shared_blocks import BlockReader, FinishedBlocks
+parts = [BlockReader, BlockReader, BlockReader, FinishedBlocks]
+threads = [threading.Thread(target=part, daemon=True) for part in parts]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(20)
+    assert not thread.is_alive()
+print("compiled")
+"""
 
-def start(folder: Path) -> subprocess.CompletedProcess[str]:
+
+def start(folder: Path, program: str = PROGRAM) -> subprocess.CompletedProcess[str]:
     """A process that needs all of the code, kept in ``folder``."""
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM],
+        [sys.executable, "-W", "error", "-c", program],
         env={**os.environ, "NUMBA_CACHE_DIR": str(folder)},
         capture_output=True,
         text=True,
@@ -38,3 +51,7 @@ def test_code_is_compiled_once_and_again_if_what_was_kept_is_broken(tmp_path: Pa
 def test_code_is_compiled_where_there_is_no_place_for_it() -> None:
     result = start(Path("/dev/null/nowhere"))
     assert (result.stdout, result.stderr) == ("compiled\n", "")
+
+
+def test_threads_that_need_the_code_at_once_do_not_block_each_other(tmp_path: Path) -> None:
+    assert start(tmp_path, TOGETHER).stdout == "compiled\n"
