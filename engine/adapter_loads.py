@@ -34,21 +34,6 @@ class AdapterLoads:
         loads = ((a.adapter_id, a.layout.num_bytes, a.load_began_s) for a in self.in_flight())
         return list(self._forecast.arrivals(loads, now_s))
 
-    def first_layers(self) -> Arrival | None:
-        """When the first layers of the earliest that is LOADING are expected.
-
-        None if some are there, or as long as no load has shown how long they take.
-        """
-        load = next(iter(self.in_flight()), None)
-        if load is None or load.num_placed_layers:
-            return None
-        expected_s = self._forecast.first_layers_s(load.load_began_s)
-        return None if expected_s is None else Arrival(load.adapter_id, expected_s)
-
-    def first_layers_placed(self, adapter: PooledAdapter, now_s: float) -> None:
-        """The first layers of the adapter, which is LOADING, are in its slot."""
-        self._forecast.first_layers_placed(adapter.load_began_s, now_s)
-
     def begin(self, adapter: PooledAdapter, now_s: float) -> LoadId:
         """The adapter, ABSENT but with a slot, is LOADING."""
         load_id = LoadId(self._next_load_id)

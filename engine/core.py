@@ -156,22 +156,11 @@ class EngineCore:
             self._in_flight.append((plan, self._runner.launch(plan), launched_s))
             self._scheduler.launched(plan)
             self._pacer.launch_took(plan, time.monotonic() - begin_s)
-        if plan.is_empty and self._is_held_beside_a_step():
-            if self._take_commands(POLL_S):
-                self._begin_loads()
-            return True
         busy = bool(self._in_flight)
         # With nothing new to run, only what is in flight can lead to something.
         self._complete_steps(num_left=1 if self._overlap_steps and not plan.is_empty else 0)
         self._flush()
         return busy
-
-    def _is_held_beside_a_step(self) -> bool:
-        """Whether what is held may yet be launched before the step in flight ends."""
-        if self._scheduler.held_until_s is None or not self._in_flight:
-            return False
-        _, step, _ = self._in_flight[-1]
-        return not step.is_done()
 
     def _complete_steps(self, num_left: int) -> None:
         """Waits for the oldest steps, until ``num_left`` are in flight."""
@@ -264,7 +253,7 @@ class EngineCore:
             case LoaderLost():
                 self._residency.loader_lost()
             case StagesPlaced(load_id, num_stages):
-                self._residency.stages_placed(load_id, num_stages, time.monotonic())
+                self._residency.stages_placed(load_id, num_stages)
             case LoadPlaced(load_id):
                 self._residency.load_placed(load_id, time.monotonic())
             case LoadBroken(load_id, error):

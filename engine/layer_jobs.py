@@ -74,17 +74,11 @@ class LayerJobs:
         self._max_chunk_tokens = max_chunk_tokens
         self._job: _Job | None = None
         self._planned: LayerGroup | None = None
-        self._due_s: float | None = None
 
     @property
     def planned(self) -> LayerGroup | None:
         """What the step that is being scheduled computes of the job."""
         return self._planned
-
-    @property
-    def due_s(self) -> float | None:
-        """When a job can begin for which only the first layers are missing, if that is known."""
-        return self._due_s
 
     @property
     def is_free(self) -> bool:
@@ -103,7 +97,6 @@ class LayerJobs:
     def begin_step(self) -> None:
         """Plans nothing yet. A job whose adapter has lost what was placed of it is dropped."""
         self._planned = None
-        self._due_s = None
         job = self._job
         if job is not None and self._has_lost_layers(job):
             self.drop(job.chunk.sequence)
@@ -195,24 +188,8 @@ class LayerJobs:
             each for each in firsts if each.state is SequenceState.WAITING and may_begin(each)
         )
         sequence = min(candidates, key=lambda each: each.place, default=None)
-        if sequence is None:
-            self._due_s = self._first_layers_s(waiting, may_begin, longest)
-        elif self._blocks.admit(sequence, num_spare=num_running):
+        if sequence is not None and self._blocks.admit(sequence, num_spare=num_running):
             self._job = self._new_job(sequence)
-
-    def _first_layers_s(
-        self, waiting: WaitingQueue, may_begin: Callable[[Sequence], bool], longest: int
-    ) -> float | None:
-        """When those are expected that the next job needs; None if it is nobody's."""
-        arrival = self._residency.first_layers()
-        if arrival is None or not waiting.num_waiting(arrival.adapter_id):
-            return None
-        first = waiting.first(arrival.adapter_id)
-        if first.state is not SequenceState.WAITING or not may_begin(first):
-            return None
-        if _would_batch(waiting, arrival.adapter_id, longest):
-            return None
-        return arrival.expected_s
 
     def _new_job(self, sequence: Sequence) -> _Job:
         num_tokens = min(sequence.num_uncomputed_tokens, self._max_chunk_tokens)

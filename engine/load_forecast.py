@@ -1,5 +1,4 @@
-"""When the adapters that are being loaded will be there: by bytes over bandwidth, and at first by
-how long it took until others began to come."""
+"""When the adapters that are being loaded will be there, by bytes over bandwidth."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -11,31 +10,18 @@ _NEWEST = 0.3
 
 
 class Arrival(NamedTuple):
-    """An adapter's last byte, or that of its first layers, is expected in its slot then."""
+    """An adapter's last byte is expected in its slot at ``expected_s``."""
 
     adapter_id: AdapterId
     expected_s: float
 
 
 class LoadForecast:
-    """What past loads took, which came one after the other over one bus."""
+    """The bandwidth of past loads, which came one after the other over one bus."""
 
     def __init__(self) -> None:
         self._bytes_per_s: float | None = None
-        self._lead_s: float | None = None
         self._last_placed_s = 0.0
-
-    def first_layers_placed(self, began_s: float, placed_s: float) -> None:
-        """The first whole layers of a load that began at ``began_s`` are in its slot."""
-        seconds = placed_s - max(began_s, self._last_placed_s)
-        before = seconds if self._lead_s is None else self._lead_s
-        self._lead_s = before + _NEWEST * (seconds - before)
-
-    def first_layers_s(self, began_s: float) -> float | None:
-        """When those of the next load are expected; None before any were seen."""
-        if self._lead_s is None:
-            return None
-        return max(began_s, self._last_placed_s) + self._lead_s
 
     def placed(self, num_bytes: int, began_s: float, placed_s: float) -> None:
         """A load that began at ``began_s`` is in its slot."""

@@ -124,13 +124,6 @@ class AdapterResidency:
         """
         return self._loads.arrivals(now_s)
 
-    def first_layers(self) -> Arrival | None:
-        """When the first layers of the adapter are expected that comes next.
-
-        None if some are there, or as long as no load has shown how long they take.
-        """
-        return self._loads.first_layers()
-
     @property
     def pool_bytes_used(self) -> int:
         """Bytes of the pool that belong to a slot, also to one that is being filled."""
@@ -228,7 +221,7 @@ class AdapterResidency:
 
     # --- What the placer and the loader report -------------------------------------------------
 
-    def stages_placed(self, load_id: LoadId, num_stages: int, now_s: float) -> None:
+    def stages_placed(self, load_id: LoadId, num_stages: int) -> None:
         """The image's first stages are in the slot. Ignored for a load that was given up.
 
         The last layer counts only with ``load_placed``: what may stand behind it is there then.
@@ -237,8 +230,6 @@ class AdapterResidency:
         if adapter is not None:
             num_layers = min(num_stages - self._first_layer_stage, self._num_layers - 1)
             if num_layers > 0:
-                if not adapter.num_placed_layers:
-                    self._loads.first_layers_placed(adapter, now_s)
                 self._layers_placed(adapter, num_layers)
 
     def load_placed(self, load_id: LoadId, now_s: float) -> None:

@@ -181,8 +181,6 @@ class Scheduler:
     @property
     def held_until_s(self) -> float | None:
         """When ``schedule`` may find more to do by itself; None if only an event can bring that."""
-        if self._turns is not None and self._turns.held_until_s is not None:
-            return self._turns.held_until_s
         return self._admission.held_until_s
 
     def step_took(self, num_tokens: int, seconds: float) -> None:
@@ -326,9 +324,7 @@ class Scheduler:
         self._continue_prefills(chunks, room)
         if self._admission.admit(chunks, room, overdue, now_s):
             return True
-        if chunks or self._layer_jobs.planned is not None:
-            return False
-        if not turns.hold_decodes(self._layer_jobs.due_s, now_s):
+        if not chunks and self._layer_jobs.planned is None:
             self._decodes.schedule(chunks)
             turns.take_decodes()
         return False

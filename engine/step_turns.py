@@ -9,8 +9,6 @@ So a step has either, and its tokens are delivered when they are there:
 | prefills     | there are any, and the step before had decodes                                    |
 | layers       | a prefill goes through them in groups, and since the last decodes there were less |
 |              | than ``most_between_decodes`` tokens of groups and prefills                       |
-| nothing      | it would be the decodes' turn, but the first layers of an adapter for which a     |
-|              | prefill waits are expected within a fraction of what decodes take                 |
 | decodes      | else                                                                              |
 
 So decodes wait for so many tokens at most, and prefills for one decode. A prompt longer than that
@@ -21,11 +19,6 @@ layers in groups (``engine.layer_jobs``). While nobody decodes, a step has as ma
 from dataclasses import dataclass
 
 from engine.plan import StepPlan
-
-# How long decodes are held for layers that are about to come, and how late these may be. A step is
-# planned while the one before runs: most of it is no time that the device waits.
-_MOST_AHEAD_S = 0.003
-_MOST_LATE_S = 0.001
 
 
 @dataclass(slots=True)
@@ -82,17 +75,10 @@ class StepTurns:
         self._most_between_decodes = most_between_decodes
         self._num_between = 0
         self._has_decodes = False
-        self._held_until_s: float | None = None
-
-    @property
-    def held_until_s(self) -> float | None:
-        """Until when this step holds decodes for layers; None if it does not."""
-        return self._held_until_s
 
     def begin_step(self, beside_decodes: bool) -> PrefillRoom:
         """A step is to be planned: the room for prefills in it; whether anybody could decode."""
         self._has_decodes = False
-        self._held_until_s = None
         if not beside_decodes:
             most = self._most_in_step
             return PrefillRoom(most, most, longest=most, either=True)
@@ -100,15 +86,6 @@ class StepTurns:
         # One step that reads all weights is enough between two decodes, however few its tokens.
         for_chunks = 0 if self._num_between else for_layers
         return PrefillRoom(for_chunks, for_layers, self._most_between_decodes, either=True)
-
-    def hold_decodes(self, layers_due_s: float | None, now_s: float) -> bool:
-        """Whether decodes wait for the layers that are due."""
-        if layers_due_s is None:
-            return False
-        if not layers_due_s - _MOST_AHEAD_S <= now_s < layers_due_s + _MOST_LATE_S:
-            return False
-        self._held_until_s = layers_due_s + _MOST_LATE_S
-        return True
 
     def take_decodes(self) -> None:
         """The step that is being planned is the decodes'."""

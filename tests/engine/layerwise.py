@@ -81,10 +81,10 @@ class Layerwise(Policy):
             self.complete(plan)
         return plan
 
-    def arrive(self, adapter_id: int, num_layers: int, now_s: float = 0.0) -> None:
+    def arrive(self, adapter_id: int, num_layers: int) -> None:
         """The first layers of the adapter's load under way are in place."""
         stages = BASE.layer_stage(num_layers)
-        self.residency.stages_placed(self.loads[adapter_id], stages, now_s)
+        self.residency.stages_placed(self.loads[adapter_id], stages)
 
     def place(self, adapter_id: int, now_s: float = 0.0) -> None:
         self.residency.load_placed(self.loads[adapter_id], now_s)

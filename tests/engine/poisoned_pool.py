@@ -174,7 +174,7 @@ class PoisonedPool:
         while self.residency.num_placed_layers(adapter_id) < num_layers:
             command = self._commands.get(timeout=DEADLINE_S)
             assert isinstance(command, StagesPlaced), command
-            self.residency.stages_placed(command.load_id, command.num_stages, 0.0)
+            self.residency.stages_placed(command.load_id, command.num_stages)
             self._carry_out()
 
     def hear_abandoned(self, adapter_id: AdapterId) -> None:

@@ -211,7 +211,7 @@ class Simulation:
         if num_placed > load.num_placed:
             self._write(load.pieces[:num_placed], load.adapter_id, load.fence)
             load.num_placed = num_placed
-            self.policy.residency.stages_placed(load_id, BASE.layer_stage(num_placed), self.now_s)
+            self.policy.residency.stages_placed(load_id, BASE.layer_stage(num_placed))
 
     # --- The step loop -----------------------------------------------------------------------
 
@@ -377,11 +377,7 @@ class Simulation:
         if not plan.is_empty or self.in_flight or not scheduler.num_running:
             return
         waiting = [s for s in self.sequences if s.state in WAITING_STATES]
-        held_until_s = scheduler.held_until_s
-        if self.launches_apart and held_until_s is not None:
-            assert self.now_s < held_until_s < self.now_s + 0.005
-        else:
-            assert self.adapter_loading is AdapterLoading.BLOCKING
+        assert self.adapter_loading is AdapterLoading.BLOCKING
         assert any(
             sequence.adapter_id is not None
             and self.policy.residency.tier(sequence.adapter_id) is Residency.LOADING

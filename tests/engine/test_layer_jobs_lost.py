@@ -37,7 +37,7 @@ def test_a_job_does_not_go_on_with_a_next_load_that_came_as_far_between_two_step
     policy.lose_loader()
     # As the step loop does while a step is running.
     policy.scheduler.meet_demand(0.0)
-    policy.residency.stages_placed(policy.next_load(A), BASE.layer_stage(2), 0.0)
+    policy.residency.stages_placed(policy.next_load(A), BASE.layer_stage(2))
     assert layers(policy.step()) == [0, 1]
 
 
@@ -47,7 +47,7 @@ def test_a_stage_of_a_load_that_was_given_up_leads_to_nothing() -> None:
     first = policy.loads[A]
     policy.lose_loader()
     policy.step()
-    policy.residency.stages_placed(first, BASE.layer_stage(2), 0.0)
+    policy.residency.stages_placed(first, BASE.layer_stage(2))
     assert policy.step().is_empty
 
 

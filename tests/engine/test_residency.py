@@ -352,13 +352,13 @@ def test_an_unwanted_load_of_a_removed_adapter_is_abandoned_and_then_forgotten()
 def test_an_adapter_comes_into_the_table_with_its_first_layer_and_only_once() -> None:
     pool = Pool(1)
     pool.meet(A)
-    pool.residency.stages_placed(LoadId(1), 1, 0.0)
+    pool.residency.stages_placed(LoadId(1), 1)
     assert (pool.residency.take_actions(), pool.residency.num_placed_layers(A)) == ([], 0)
-    pool.residency.stages_placed(LoadId(1), 2, 0.0)
+    pool.residency.stages_placed(LoadId(1), 2)
     (installed,) = pool.residency.take_actions()
     assert isinstance(installed, InstallAdapter) and installed.adapter_id == A
     for num_stages in (3, 4, 5):
-        pool.residency.stages_placed(LoadId(1), num_stages, 0.0)
+        pool.residency.stages_placed(LoadId(1), num_stages)
         assert pool.residency.num_placed_layers(A) == 2
     assert not pool.residency.is_resident(A)
     pool.residency.load_placed(LoadId(1), 0.0)
@@ -369,11 +369,11 @@ def test_an_adapter_comes_into_the_table_with_its_first_layer_and_only_once() ->
 def test_an_adapter_of_which_layers_were_there_leaves_the_table_with_its_load() -> None:
     pool = Pool(1)
     pool.meet(A)
-    pool.residency.stages_placed(LoadId(1), 3, 0.0)
+    pool.residency.stages_placed(LoadId(1), 3)
     pool.residency.take_actions()
     pool.residency.loader_lost()
     assert pool.residency.take_actions() == [RemoveAdapter(A), AbandonLoad(LoadId(1))]
-    pool.residency.stages_placed(LoadId(1), 3, 0.0)
+    pool.residency.stages_placed(LoadId(1), 3)
     assert (pool.residency.take_actions(), pool.residency.num_placed_layers(A)) == ([], 0)
     pool.residency.load_abandoned(LoadId(1))
     pool.residency.loader_connected()

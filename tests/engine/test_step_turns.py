@@ -2,7 +2,7 @@
 
 from engine.plan import StepPlan
 from tests.engine.builders import Policy, make_sequence
-from tests.engine.layerwise import A, B, C, Layerwise, in_chunks, layers
+from tests.engine.layerwise import A, B, Layerwise, in_chunks, layers
 
 
 class Apart(Layerwise):
@@ -183,54 +183,6 @@ def test_a_second_adapter_s_prefill_follows_the_first_one_s() -> None:
     policy.place(A)
     assert policy.kind() == "layers [2] of 1"
     assert policy.kind() == "layers [0] of 2"
-
-
-def taught() -> Apart:
-    """Sequence 1 decodes; the first layers of the only load so far took 4 ms."""
-    policy = Apart()
-    policy.ask(1, None)
-    policy.step()
-    policy.ask(2, A, max_tokens=1)
-    policy.step(0.0)
-    policy.arrive(A, 1, now_s=0.004)
-    policy.place(A, now_s=0.02)
-    while policy.scheduler.num_running > 1 or policy.scheduler.num_waiting:
-        policy.step(0.02)
-    return policy
-
-
-def test_decodes_are_held_for_layers_that_are_about_to_come() -> None:
-    policy = taught()
-    policy.ask(3, B, num_prompt_tokens=6)
-    assert told(policy.step(1.0)) == "decodes [1]"
-    assert told(policy.step(1.0005)) == "decodes [1]"
-    assert policy.step(1.0015).is_empty
-    held_until_s = policy.scheduler.held_until_s
-    assert held_until_s is not None and 1.004 < held_until_s < 1.006
-    policy.arrive(B, 2, now_s=1.0042)
-    assert told(policy.step(1.0042)) == "layers [0, 1] of 3"
-    assert policy.scheduler.held_until_s is None
-
-
-def test_decodes_are_not_held_for_layers_that_do_not_come() -> None:
-    policy = taught()
-    policy.ask(3, B, num_prompt_tokens=6)
-    policy.step(1.0)
-    assert policy.step(1.0035).is_empty and policy.step(1.0045).is_empty
-    assert told(policy.step(1.006)) == "decodes [1]"
-    assert told(policy.step(1.007)) == "decodes [1]"
-
-
-def test_decodes_are_held_for_nobody_s_layers_nor_for_those_of_a_second_load() -> None:
-    policy = taught()
-    gone = policy.ask(3, B, num_prompt_tokens=6)
-    policy.step(1.0)
-    policy.scheduler.abort(gone)
-    assert told(policy.step(1.003)) == "decodes [1]"
-    policy.ask(4, C, num_prompt_tokens=6)
-    policy.step(2.0)
-    # The load that nobody waits for any more comes first.
-    assert told(policy.step(2.003)) == "decodes [1]"
 
 
 def test_together_is_what_a_policy_does_by_itself() -> None:

@@ -44,7 +44,7 @@ class TimedLoads:
             block_size=16,
             max_num_seqs=64,
             max_num_batched_tokens=2048,
-            chunked_prefill_size=640,
+            chunked_prefill_size=512,
             launches_apart=True,
             max_sequence_tokens=8192,
             adapter_loading=adapter_loading,
@@ -123,7 +123,7 @@ class TimedLoads:
                 self.policy.residency.load_placed(load_id, at_ms / 1000)
             elif self.policy.adapter_loading is AdapterLoading.LAYERWISE:
                 stages = TIMED_BASE.layer_stage(num_layers)
-                self.policy.residency.stages_placed(load_id, stages, at_ms / 1000)
+                self.policy.residency.stages_placed(load_id, stages)
 
     def _complete(self, num_left: int) -> None:
         while len(self._in_flight) > num_left:
