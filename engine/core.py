@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Protocol, assert_never
 
@@ -50,7 +51,7 @@ from engine.commands import (
     TakeSnapshot,
 )
 from engine.open_requests import OpenRequests
-from engine.plan import LaunchedStep, StepPlan
+from engine.plan import LaunchedStep, StepPlan, nothing_between
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler
 from engine.step_pacer import StepPacer
@@ -68,10 +69,11 @@ POLL_S = 0.0003
 class Runner(Protocol):
     """The forward pass."""
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
         """Gives the plan, which is not empty, to the device, behind all that were launched before.
 
-        Waits for none of them.
+        Waits for none of them. A launch that takes long calls ``between`` now and then, when it has
+        taken from the plan's sequences what it needs.
         """
         ...
 
@@ -153,7 +155,8 @@ class EngineCore:
         self._carry_out_actions()
         if not plan.is_empty:
             launched_s = time.monotonic()
-            self._in_flight.append((plan, self._runner.launch(plan), launched_s))
+            step = self._runner.launch(plan, partial(self._complete_meanwhile, plan))
+            self._in_flight.append((plan, step, launched_s))
             self._scheduler.launched(plan)
             self._pacer.launch_took(plan, time.monotonic() - begin_s)
         busy = bool(self._in_flight)
@@ -165,20 +168,33 @@ class EngineCore:
     def _complete_steps(self, num_left: int) -> None:
         """Waits for the oldest steps, until ``num_left`` are in flight."""
         while len(self._in_flight) > num_left:
-            plan, step, launched_s = self._in_flight.popleft()
+            _, step, _ = self._in_flight[0]
             self._listen_until_done(step)
-            sampled = step.wait()
-            # The end itself may have been seen late: the thread was busy with the next launch.
-            seconds = step.device_s()
-            begin_s = max(launched_s, self._ended_s)
-            self._ended_s = min(begin_s + seconds, time.monotonic())
-            self._pacer.step_took(plan, seconds)
-            if plan.layer_group is None:
-                # A group of layers is no measure: it does not read all weights.
-                self._scheduler.step_took(plan.num_tokens, seconds)
-            for progress in self._scheduler.complete(plan, sampled):
-                self._requests.report(progress)
-            self._num_steps += 1
+            self._complete_oldest()
+
+    def _complete_meanwhile(self, plan: StepPlan) -> None:
+        """While ``plan`` is being launched: steps that are done do not wait for the launch's end.
+
+        Only where none of their tokens can end a sequence of the plan.
+        """
+        while self._in_flight and not plan.has_pending and self._in_flight[0][1].is_done():
+            self._complete_oldest()
+            self._flush()
+
+    def _complete_oldest(self) -> None:
+        plan, step, launched_s = self._in_flight.popleft()
+        sampled = step.wait()
+        # The end itself may have been seen late: the thread was busy with the next launch.
+        seconds = step.device_s()
+        begin_s = max(launched_s, self._ended_s)
+        self._ended_s = min(begin_s + seconds, time.monotonic())
+        self._pacer.step_took(plan, seconds)
+        if plan.layer_group is None:
+            # A group of layers is no measure: it does not read all weights.
+            self._scheduler.step_took(plan.num_tokens, seconds)
+        for progress in self._scheduler.complete(plan, sampled):
+            self._requests.report(progress)
+        self._num_steps += 1
 
     # --- Commands ---------------------------------------------------------------------------
 

@@ -60,15 +60,16 @@ class LayerRunner:
         self._around = around
         self._progress: _Progress | None = None
 
-    def run(self, group: LayerGroup) -> Tensor | None:
+    def run(self, group: LayerGroup, between: Callable[[], None]) -> Tensor | None:
         """Logits ``[1, vocab]`` if the group is its chunk's last and the chunk samples, else None.
 
-        To be called within ``inference_mode`` and the forward stream.
+        To be called within ``inference_mode`` and the forward stream. ``between`` is called behind
+        each layer.
         """
         with self._around(group):
-            return self._run(group)
+            return self._run(group, between)
 
-    def _run(self, group: LayerGroup) -> Tensor | None:
+    def _run(self, group: LayerGroup, between: Callable[[], None]) -> Tensor | None:
         if group.layers.start == 0:
             self._progress = self._begin(group.chunk)
         progress = self._progress
@@ -77,7 +78,7 @@ class LayerRunner:
         # Anew for each group: where the adapter stands in the pool's table is looked up here.
         lora = self._lora.begin(progress.batch.segments)
         progress.hidden = self._decoder.run_layers(
-            group.layers, progress.hidden, progress.positions, progress.attention, lora
+            group.layers, progress.hidden, progress.positions, progress.attention, lora, between
         )
         progress.next_layer = group.layers.stop
         if not group.is_last:

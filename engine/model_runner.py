@@ -1,5 +1,6 @@
 """Launches a step's plan: inputs, forward pass, next tokens."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from engine.drawn_tokens import DrawnStep
 from engine.layer_runner import AroundGroup, LayerRunner, nothing_around
 from engine.lora.linear import LoraBackend
 from engine.models.decoder import Decoder
-from engine.plan import LaunchedStep, ScheduledChunk, StepPlan
+from engine.plan import LaunchedStep, ScheduledChunk, StepPlan, nothing_between
 from engine.sampler import Sampler
 
 
@@ -63,15 +64,16 @@ class ModelRunner:
         self._graphs = graphs
         self._layers = LayerRunner(decoder, block_size, attention, lora, device, around_group)
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
         """Gives the device a step that is not empty; waits for none launched before.
 
-        On a CPU the step is done when this returns.
+        Calls ``between`` behind each layer of what is launched kernel by kernel. On a CPU the step
+        is done when this returns.
         """
         sequences = [chunk.sequence for chunk in plan.completed_chunks if chunk.samples]
         with torch.inference_mode(), self._device.forward_stream():
             begin = self._device.record_timed_event()
-            logits = self._logits_of_samples(plan)
+            logits = self._logits_of_samples(plan, between)
             self._num_drawn = len(sequences)
             if logits is None:
                 return DrawnStep(None, self._device, begin)
@@ -86,40 +88,45 @@ class ModelRunner:
         """
         with torch.inference_mode(), self._device.forward_stream():
             batch = flatten(plan, self._block_size)
-            hidden = self._forward(batch, to_device(batch, self._device))
+            hidden = self._forward(batch, to_device(batch, self._device), nothing_between)
             logits = self._decoder.logits(hidden[self._device.upload(batch.plan_rows)])
         self._device.synchronize()
         return logits
 
-    def _logits_of_samples(self, plan: StepPlan) -> Tensor | None:
+    def _logits_of_samples(self, plan: StepPlan, between: Callable[[], None]) -> Tensor | None:
         """Logits ``[num_samples, vocab]`` in the plan's order; None if nothing samples."""
-        parts = [self._logits_of_chunks(plan.chunks)] if plan.chunks else []
+        parts = [self._logits_of_chunks(plan.chunks, between)] if plan.chunks else []
         if plan.layer_group is not None:
-            parts.append(self._layers.run(plan.layer_group))
+            parts.append(self._layers.run(plan.layer_group, between))
         of_parts = [logits for logits in parts if logits is not None]
         if len(of_parts) <= 1:
             return of_parts[0] if of_parts else None
         return torch.cat(of_parts)
 
-    def _logits_of_chunks(self, chunks: tuple[ScheduledChunk, ...]) -> Tensor | None:
+    def _logits_of_chunks(
+        self, chunks: tuple[ScheduledChunk, ...], between: Callable[[], None]
+    ) -> Tensor | None:
         batch = flatten(StepPlan(chunks), self._block_size)
         # The graphs, too, take it on trust that what is pending was drawn.
         assert batch.pending_samples.max(initial=-1) < self._num_drawn, "nothing was drawn"
         if self._graphs is not None and self._graphs.fits(batch):
             return self._graphs.replay(batch)
         tensors = to_device(batch, self._device)
-        hidden = self._forward(batch, tensors)
+        hidden = self._forward(batch, tensors, between)
         if not batch.sample_rows.size:
             return None
         return self._decoder.logits(hidden[tensors.sample_rows])
 
-    def _forward(self, batch: FlatBatch, tensors: DeviceBatch) -> Tensor:
+    def _forward(
+        self, batch: FlatBatch, tensors: DeviceBatch, between: Callable[[], None]
+    ) -> Tensor:
         return self._decoder.run_layers(
             range(self._decoder.config.num_layers),
             self._decoder.embed(self._token_ids(batch, tensors)),
             tensors.positions,
             self._attention.begin(batch, tensors),
             self._lora.begin(batch.segments),
+            between,
         )
 
     def _token_ids(self, batch: FlatBatch, tensors: DeviceBatch) -> Tensor:

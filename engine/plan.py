@@ -85,6 +85,11 @@ class StepPlan:
         return all(chunk.num_tokens == 1 and chunk.samples for chunk in self.chunks)
 
     @property
+    def has_pending(self) -> bool:
+        """Whether it goes on from tokens that the step before draws."""
+        return any(chunk.pending_from is not None for chunk in self.chunks)
+
+    @property
     def adapter_ids(self) -> frozenset[AdapterId]:
         """Those whose slots the step reads."""
         chunks = self.chunks if self.layer_group is None else (*self.chunks, self.layer_group.chunk)
@@ -104,6 +109,10 @@ class SampledToken:
 
     token_id: int
     logprobs: TokenLogprobs | None
+
+
+def nothing_between() -> None:
+    """What a launch may call in between, where nothing is to be done then."""
 
 
 class LaunchedStep(Protocol):

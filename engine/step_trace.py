@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from engine.action_dispatch import Slots
 from engine.adapter_actions import BeginLoad, InstallAdapter
 from engine.core import Runner
-from engine.plan import LaunchedStep, LayerGroup, SampledToken, StepPlan
+from engine.plan import LaunchedStep, LayerGroup, SampledToken, StepPlan, nothing_between
 from ipc.messages import AdapterId, LoadId
 from ipc.trace import Args, Flow, Recorder
 
@@ -211,13 +211,13 @@ class TracedRunner:
         self._device_times = device_times
         self._num_launched = 0
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
         first_uses = self._names.first_uses(plan)
         self._num_launched += 1
         args = _describe(plan, self._num_launched, [name for _, name in first_uses])
         begin_s = time.monotonic()
         begin = self._mark() if self._mark is not None else None
-        step = self._runner.launch(plan)
+        step = self._runner.launch(plan, between)
         end_s = time.monotonic()
         self._recorder.span(STEP_TRACK, "launch", begin_s, end_s, args)
         for load_id, _ in first_uses:

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,7 @@ from engine.config import AdapterLoading
 from engine.core import EngineCore, Runner
 from engine.device import CpuDevice
 from engine.drawn_tokens import DrawnStep, DrawnTokens
-from engine.plan import LaunchedStep, StepPlan
+from engine.plan import LaunchedStep, StepPlan, nothing_between
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler
 from engine.scheduler_limits import SchedulerLimits
@@ -61,7 +61,7 @@ class FixedRunner:
     def __init__(self) -> None:
         self._device = CpuDevice()
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
         to_device(flatten(plan, BLOCK_SIZE), self._device)
         num_sampled = sum(chunk.samples for chunk in plan.chunks)
         tokens = DrawnTokens(torch.full((num_sampled,), TOKEN_ID))

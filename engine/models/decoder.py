@@ -5,6 +5,7 @@ A layer is ``h += O(attention(R(N(Q)), R(N(K)), V))`` of ``rms_norm(h)`` and the
 Qwen3. Q, K and V are one matrix product, Gate and Up another.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,10 @@ class _Layer:
         return named
 
 
+def _nothing() -> None:
+    pass
+
+
 class Decoder:
     """Owns a model's weights, which begin undefined: ``checkpoint_tensors`` says where they go.
 
@@ -130,10 +135,12 @@ class Decoder:
         positions: Tensor,
         attention: AttentionStep,
         lora: LoraStep,
+        between: Callable[[], None] = _nothing,
     ) -> Tensor:
         """``hidden`` ``[num_tokens, hidden]`` behind the last of ``layers``, computed in place.
 
-        ``positions`` is ``[num_tokens]``, integers.
+        ``positions`` is ``[num_tokens]``, integers. ``between`` is called when a layer has been
+        given to the device.
         """
         ops = self._ops
         rotation = self._rotary_table[positions]
@@ -149,6 +156,7 @@ class Decoder:
             x = ops.add_rms_norm(hidden, output.out, layer.post_attention_norm, output.delta)
             gate_up = layer.gate_up.apply(index, x, lora)
             down = layer.down.apply(index, ops.silu_mul(gate_up.out, gate_up.delta), lora)
+            between()
         return hidden if down is None else ops.add(hidden, down.out, down.delta)
 
     def logits(self, hidden: Tensor) -> Tensor:

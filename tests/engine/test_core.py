@@ -1,7 +1,7 @@
 """The step loop: when it launches, waits and delivers, and what clients get."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -18,7 +18,7 @@ from engine.commands import (
 )
 from engine.config import AdapterLoading
 from engine.core import EngineCore
-from engine.plan import LaunchedStep, SampledToken, StepPlan
+from engine.plan import LaunchedStep, SampledToken, StepPlan, nothing_between
 from ipc.messages import AdapterId, FinishReason, LoadId, RequestId, SamplingParams, TokenDelta
 from tests.engine.builders import EOS, Policy, make_manifest, make_sequence
 from tests.engine.late_device import LateDevice, LateStep, answer
@@ -56,6 +56,7 @@ class Loop:
         num_blocks: int = 64,
         adapter_loading: AdapterLoading = AdapterLoading.OVERLAP,
         cohorts: bool = False,
+        launches_apart: bool = False,
     ) -> None:
         self.policy = Policy(
             num_blocks=num_blocks,
@@ -63,6 +64,7 @@ class Loop:
             max_sequence_tokens=MAX_SEQUENCE_TOKENS,
             adapter_loading=adapter_loading,
             cohorts=cohorts,
+            launches_apart=launches_apart,
         )
         self.slots = WatchedSlots()
         self.device = LateDevice(block_size=4)
@@ -82,7 +84,7 @@ class Loop:
             adapter_failed=lambda adapter_id, error: None,
         )
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
         step = self.device.launch(plan)
         self.events.append(f"launch {step.number}")
         return _Watched(step, self.events)
@@ -148,6 +150,42 @@ def test_a_step_is_launched_before_the_one_before_it_is_waited_for() -> None:
     assert " ".join(loop.events) == (
         "launch 0 launch 1 wait 0 deliver launch 2 wait 1 deliver wait 2 deliver"
     )
+
+
+class LongLaunches(Loop):
+    """Prefills and decodes apart; while a step is launched, all before it end."""
+
+    def __init__(self) -> None:
+        super().__init__(overlap_steps=True, launches_apart=True)
+
+    def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
+        step = super().launch(plan, between)
+        self.device.run_up_to(self.device.num_launched - 1)
+        for _ in range(2):
+            between()
+        self.events.append("launched")
+        return step
+
+
+def test_what_ends_while_a_prefill_is_launched_is_delivered_before_the_launch_ends() -> None:
+    loop = LongLaunches()
+    loop.ask("a", [1, 2], max_tokens=4)
+    for _ in range(2):
+        loop.core.step(0.0)
+    loop.events.clear()
+    loop.ask("b", [3, 4], max_tokens=2)
+    loop.run_dry()
+    assert " ".join(loop.events).startswith(
+        # The prefill of b, while the last decode of a is in flight.
+        "launch 2 wait 1 deliver launched"
+        # The next decode goes on from its token, which may end it.
+        " launch 3 launched wait 2 deliver"
+    )
+    expected = Loop(overlap_steps=False)
+    expected.ask("a", [1, 2], max_tokens=4)
+    expected.ask("b", [3, 4], max_tokens=2)
+    expected.run_dry()
+    assert all(loop.output(name) == expected.output(name) for name in "ab")
 
 
 def test_without_overlap_every_step_is_waited_for_at_once() -> None:

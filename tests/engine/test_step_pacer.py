@@ -2,13 +2,21 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
 
 from engine.commands import AddRequest
 from engine.core import EngineCore
-from engine.plan import LaunchedStep, LayerGroup, SampledToken, ScheduledChunk, StepPlan
+from engine.plan import (
+    LaunchedStep,
+    LayerGroup,
+    SampledToken,
+    ScheduledChunk,
+    StepPlan,
+    nothing_between,
+)
 from engine.step_pacer import StepPacer
 from ipc.messages import AdapterId, RequestId, SamplingParams
 from tests.engine.builders import Policy, make_sequence
@@ -145,7 +153,7 @@ class ClockedRunner:
     launched: threading.Condition = field(default_factory=threading.Condition)
     end_s: float = 0.0
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
         begin_s = max(self.end_s, time.monotonic())
         self.end_s = begin_s + STEP_S
         with self.launched:

@@ -1,10 +1,18 @@
 """Steps are recorded as they ran, and each load's first use once."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 from engine.adapter_actions import BeginLoad, InstallAdapter
-from engine.plan import LaunchedStep, LayerGroup, SampledToken, ScheduledChunk, StepPlan
+from engine.plan import (
+    LaunchedStep,
+    LayerGroup,
+    SampledToken,
+    ScheduledChunk,
+    StepPlan,
+    nothing_between,
+)
 from engine.step_trace import DeviceTimes, LoadNames, TracedGroups, TracedRunner, TracedSlots
 from ipc.image import layout_image
 from ipc.messages import AdapterId, AdapterSource, LoadId
@@ -25,7 +33,7 @@ class InstantStep:
 
 
 class InstantRunner:
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
         return InstantStep()
 
 
@@ -96,7 +104,9 @@ def test_a_group_of_layers_is_a_span_within_its_steps() -> None:
     chunk = ScheduledChunk(make_sequence(1, [1, 2, 3], 1), 0, 3, True)
 
     class RunnerOfGroups:
-        def launch(self, plan: StepPlan) -> LaunchedStep:
+        def launch(
+            self, plan: StepPlan, between: Callable[[], None] = nothing_between
+        ) -> LaunchedStep:
             assert plan.layer_group is not None
             with groups.around(plan.layer_group):
                 return InstantStep()
