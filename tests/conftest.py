@@ -27,6 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if before := os.environ.get("SIDESTREAM_CHECK_BEFORE"):
+        terminalreporter.section("tests that ran before")
+        terminalreporter.write_line(before)
     if failed := os.environ.get("SIDESTREAM_CHECK_FAILED"):
         terminalreporter.section("failed before the tests", red=True)
         terminalreporter.write_line(f"{failed}: see above")
