@@ -1,8 +1,11 @@
-"""Prefills that overlap their own adapter's arrival: ``--adapter-loading layerwise``.
+"""Prefills that go through the decoder layers in groups, over several steps.
 
-A *job* takes one waiting sequence's first chunk through the decoder layers in groups: in each step
-as many as have arrived and as the step's budget allows, at the price of their share of a whole
-pass. The sequence goes on waiting for its adapter meanwhile, but holds its KV blocks.
+A *job* does so with one sequence's next chunk: in each step as many layers as have arrived and as
+the step's budget allows, at the price of their share of a whole pass. There are two reasons for it:
+
+- With ``--adapter-loading layerwise`` a prefill overlaps its own adapter's arrival. The sequence
+  goes on waiting for its adapter meanwhile, but holds its KV blocks.
+- A prefill is too long for what a step may have of it between two decodes (``engine.step_turns``).
 
 | its sequence is | groups are launched                   | this is left by                        |
 |-----------------|---------------------------------------|----------------------------------------|
@@ -62,7 +65,7 @@ class LayerJobs:
     """Says which layers of which chunk a step computes beside its other work.
 
     Owned by the scheduler. ``max_chunk_tokens`` bounds a job's chunk. Where nobody reports which
-    stages of a load were placed, there is never a job.
+    stages of a load were placed, no sequence that waits has a job.
     """
 
     def __init__(
