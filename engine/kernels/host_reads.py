@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.launch import launch
+from engine.kernels.whole_numbers import cdiv
 
 _TILE = 512
 
@@ -31,7 +32,7 @@ def read_host(source: Tensor, target: Tensor, head: int, width: int, pitch: int)
         assert head + (num_rows - 1) * pitch + width <= target.numel(), target.shape
     launch(
         _read_host_kernel,
-        (triton.cdiv(num_words, _TILE),),
+        (cdiv(num_words, _TILE),),
         target,
         source,
         num_words,

@@ -61,13 +61,12 @@ def launch(kernel: Any, grid: Grid, *arguments: Any, **constants: Any) -> None:
 
 def kind_of(argument: Any) -> Hashable:
     """What a kernel may have been compiled for: arguments of one kind can share it."""
+    kind = type(argument)
+    if kind is int:
+        return argument == 1, argument % _ALIGNMENT == 0, -(1 << 31) <= argument < 1 << 31
     if isinstance(argument, Tensor):
         return argument.dtype, argument.get_device(), argument.data_ptr() % _ALIGNMENT == 0
-    if argument is None or isinstance(argument, bool):
-        return argument
-    if isinstance(argument, int):
-        return (argument == 1, argument % _ALIGNMENT == 0, -(1 << 31) <= argument < 1 << 31)
-    if isinstance(argument, TensorDescriptor):
+    if kind is TensorDescriptor:
         aligned = argument.base.data_ptr() % _ALIGNMENT == 0
         return argument.base.dtype, tuple(argument.block_shape), aligned
-    return type(argument).__name__
+    return argument if kind is bool or argument is None else kind.__name__

@@ -15,6 +15,7 @@ from engine.kernels.decode_workspace import DecodeWorkspace
 from engine.kernels.head_rotation import HeadRotation
 from engine.kernels.launch import launch
 from engine.kernels.paged_decode_kernel import paged_decode_kernel
+from engine.kernels.whole_numbers import next_power_of_2
 from engine.lora.delta import Delta
 
 # The smallest number of rows that the tensor cores' product takes.
@@ -136,9 +137,9 @@ def paged_decode(
         ROTATES=rotation is not None,
         HAS_NORMS=query_norm is not None,
         HAS_DELTA=delta is not None,
-        TILE_GROUP=triton.next_power_of_2(group),
-        TILE_HEADS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)),
-        TILE_HALF=max(_MIN_DOT_ROWS, triton.next_power_of_2(head_dim // 2)),
+        TILE_GROUP=next_power_of_2(group),
+        TILE_HEADS=max(_MIN_DOT_ROWS, next_power_of_2(group)),
+        TILE_HALF=max(_MIN_DOT_ROWS, next_power_of_2(head_dim // 2)),
         # As many bytes in every dtype: registers hold them.
         TILE_FIRST=tuning.first_tokens * 2 // max(2, out.element_size()),
         TILE_TOKENS=tuning.tile_tokens,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.launch import launch
+from engine.kernels.whole_numbers import next_power_of_2
 from engine.lora.delta import Delta
 
 
@@ -56,7 +57,7 @@ def _launch(
     if delta is not None:
         delta.check(num_rows, width)
         overlaps = overlaps and delta.overlaps
-    tile = triton.next_power_of_2(width)
+    tile = next_power_of_2(width)
     launch(
         _rms_norm_kernel,
         (num_rows,),

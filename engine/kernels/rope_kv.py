@@ -6,6 +6,7 @@ from torch import Tensor
 
 from engine.kernels.head_rotation import HeadRotation, turn_heads
 from engine.kernels.launch import launch
+from engine.kernels.whole_numbers import cdiv, next_power_of_2
 
 # Query heads of one program.
 _TILE_HEADS = 16
@@ -34,8 +35,8 @@ def rope_kv(
     query_norm, key_norm = rotation.norms or (None, None)
     if num_tokens == 0:
         return
-    tile_heads = min(_TILE_HEADS, triton.next_power_of_2(num_heads))
-    num_query_parts = triton.cdiv(num_heads, tile_heads)
+    tile_heads = min(_TILE_HEADS, next_power_of_2(num_heads))
+    num_query_parts = cdiv(num_heads, tile_heads)
     launch(
         _rope_kv_kernel,
         (num_tokens, num_query_parts + 1),
@@ -52,8 +53,8 @@ def rope_kv(
         HALF_DIM=head_dim // 2,
         HAS_NORMS=rotation.norms is not None,
         TILE_HEADS=tile_heads,
-        TILE_KV_HEADS=triton.next_power_of_2(num_kv_heads),
-        TILE_HALF=triton.next_power_of_2(head_dim // 2),
+        TILE_KV_HEADS=next_power_of_2(num_kv_heads),
+        TILE_HALF=next_power_of_2(head_dim // 2),
         OVERLAPS=overlaps,
         num_warps=4,
         launch_pdl=overlaps,

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from engine.kernels.launch import launch
+from engine.kernels.whole_numbers import cdiv
 from engine.lora.delta import Delta
 
 _TILE = 1024
@@ -31,7 +31,7 @@ def launch_row_tiles(
     overlaps = overlaps and (delta is None or delta.overlaps)
     launch(
         kernel,
-        (num_rows, triton.cdiv(width, _TILE)),
+        (num_rows, cdiv(width, _TILE)),
         *tensors,
         delta and delta.values,
         delta and delta.has_adapter,

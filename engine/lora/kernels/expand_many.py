@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.launch import launch
+from engine.kernels.whole_numbers import next_power_of_2
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from ipc.base_model import LINEAR_MODULES
 
@@ -42,7 +43,7 @@ def expand_many(
     """
     assert out.is_contiguous() and out.dtype == weights.arena.dtype, out.stride()
     ends = group.column_blocks(tuning.tile_columns)
-    tile_ranks = min(tuning.max_tile_ranks, max(16, triton.next_power_of_2(max_rank)))
+    tile_ranks = min(tuning.max_tile_ranks, max(16, next_power_of_2(max_rank)))
     launch(
         _expand_many_kernel,
         (tiles.shape[0], ends[2]),

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.launch import launch
+from engine.kernels.whole_numbers import cdiv, next_power_of_2
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from engine.lora.kernels.split_sum import is_last_arrival, load_part
 from ipc.base_model import LINEAR_MODULES
@@ -35,7 +36,7 @@ class ShrinkManyTuning:
         narrow_blocks = -(-num_ranks // self.max_narrow_ranks)
         is_filled = num_tiles * narrow_blocks >= num_processors
         most = self.max_ranks if is_filled else self.max_narrow_ranks
-        tile_ranks = min(most, max(16, triton.next_power_of_2(num_ranks)))
+        tile_ranks = min(most, max(16, next_power_of_2(num_ranks)))
         if is_filled:
             return tile_ranks, 1
         num_programs = num_tiles * -(-num_ranks // tile_ranks)
@@ -72,8 +73,8 @@ def shrink_many(
     tile_inputs, num_warps, num_stages = tuning.wide if is_wide else tuning.narrow
     # The stages' tiles have to fit into shared memory in fp32, too.
     tile_inputs = tile_inputs * 2 // x.element_size()
-    rank_blocks = triton.cdiv(num_ranks, tile_ranks)
-    num_steps = triton.cdiv(group.in_features, tile_inputs)
+    rank_blocks = cdiv(num_ranks, tile_ranks)
+    num_steps = cdiv(group.in_features, tile_inputs)
     part = num_tiles * tuning.tile_rows * scratch.columns
     num_splits = max(1, min(num_splits, num_steps, scratch.partial.numel() // part))
     assert num_splits == 1 or num_tiles * rank_blocks <= scratch.arrivals.numel(), num_tiles
@@ -91,7 +92,7 @@ def shrink_many(
         layer,
         weights.offsets.shape[1],
         group.first_module,
-        triton.cdiv(num_steps, num_splits),
+        cdiv(num_steps, num_splits),
         part,
         IN_FEATURES=group.in_features,
         COLUMNS=scratch.columns,

@@ -25,6 +25,7 @@ def some_arguments() -> list[Any]:
         for dtype in (torch.float32, torch.bfloat16, torch.int32)
         for start in (0, 4, 8, 16, 32, 48)
     ]
+    tensors += [torch.nn.Parameter(tensor, requires_grad=False) for tensor in tensors[:3]]
     rows = torch.zeros(64, 64, dtype=torch.float16)
     descriptors = [
         TensorDescriptor(rows, [64, 64], [64, 1], block) for block in ([16, 64], [32, 64], [32, 32])
