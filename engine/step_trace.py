@@ -12,14 +12,14 @@ from engine.action_dispatch import Slots
 from engine.adapter_actions import BeginLoad, InstallAdapter
 from engine.core import Runner
 from engine.plan import LaunchedStep, LayerGroup, SampledToken, StepPlan, nothing_between
+from engine.trace_tracks import (
+    FORWARD_GROUP_TRACK,
+    FORWARD_TRACK,
+    STEP_GROUP_TRACK,
+    STEP_TRACK,
+)
 from ipc.messages import AdapterId, LoadId
 from ipc.trace import Args, Flow, Recorder
-
-STEP_TRACK = "step thread"
-FORWARD_TRACK = "forward stream"
-# Layer groups lie within steps, and spans of one track must not overlap.
-STEP_GROUP_TRACK = "step thread, layers"
-FORWARD_GROUP_TRACK = "forward stream, layers"
 
 
 class TimedEvent(Protocol):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.gpu_checks.thinned_tests import thinned
 from tools.tiny_model.cache import TinyModel, ensure_tiny_model
 
 # Read when torch or numpy is imported, here and in every process that a test starts.
@@ -19,11 +20,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of tests that draw random numbers")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before pytest looks at the marks: what a machine without a GPU skips, and does when asked."""
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needing_gpu and not _cuda_is_available():
         for item in needing_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if "TRITON_INTERPRET" in os.environ:
+        # Those that are skipped have no part in it: a value would occur in none that runs.
+        to_thin = [
+            item
+            for item in items
+            if item.get_closest_marker("thinned") and not item.get_closest_marker("gpu")
+        ]
+        kept = set(thinned(to_thin))
+        for item in to_thin:
+            if item not in kept:
+                item.add_marker(pytest.mark.long)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from engine.step_trace import FORWARD_TRACK
+from engine.trace_tracks import FORWARD_TRACK
 from ipc.errors import InvalidRequest
 
 

@@ -23,14 +23,13 @@ from engine.commands import Command, LoadAbandoned, LoadBroken, LoadPlaced, Stag
 from engine.device import Device, Event
 from engine.lora.pool import AdapterPool
 from engine.mailbox import Mailbox
+from engine.trace_tracks import LOAD_TRACK
 from ipc.chunk_channel import ChunkChannel
 from ipc.errors import Internal
 from ipc.image import ImageLayout
 from ipc.messages import ChunkReady, ChunkReleased, LoadId
 from ipc.ring import RingReader
 from ipc.trace import NO_TRACE, Args, Flow, Recorder
-
-LOAD_TRACK = "load stream"
 
 
 @dataclass(slots=True)

@@ -4,8 +4,12 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from tests.e2e.harness import Server
 from tools.tiny_model.cache import TinyModel
+
+pytestmark = pytest.mark.e2e
 
 SEED = 11
 

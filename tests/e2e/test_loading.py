@@ -10,6 +10,8 @@ from tests.e2e.conftest import serve_arguments
 from tests.e2e.harness import Server, serving
 from tools.tiny_model.cache import TinyModel
 
+DELAY_S = 2.0
+
 
 def bystander_gaps_during_a_load(
     server: Server, cold: str, prompt: str
@@ -38,18 +40,15 @@ def bystander_gaps_during_a_load(
 
 
 @pytest.mark.e2e
-def test_the_gaps_of_other_streams_do_not_grow_with_the_time_a_load_takes(
+def test_a_load_that_takes_seconds_is_no_gap_in_other_streams(
     tiny_model: TinyModel,
 ) -> None:
-    largest = {}
-    for delay_s in (0.5, 2.0):
-        with serving(*serve_arguments(tiny_model), inject_read_delay_s=delay_s) as server:
-            seconds, gaps = bystander_gaps_during_a_load(server, "json", tiny_model.prompts[0])
-        assert seconds >= delay_s, "the load was not delayed: nothing was tested"
-        assert len(gaps) > 20 * delay_s
-        largest[delay_s] = max(gaps)
+    with serving(*serve_arguments(tiny_model), inject_read_delay_s=DELAY_S) as server:
+        seconds, gaps = bystander_gaps_during_a_load(server, "json", tiny_model.prompts[0])
+    assert seconds >= DELAY_S, "the load was not delayed: nothing was tested"
+    assert len(gaps) > 20 * DELAY_S
     # A stream that waited for the load would show a gap of the whole delay.
-    assert largest[2.0] < 0.4, largest
+    assert max(gaps) < DELAY_S / 5
 
 
 @pytest.mark.e2e

@@ -172,6 +172,7 @@ def request(name: str) -> AddRequest:
     return AddRequest(CLIENT, RequestId(name), None, [1, 2, 3], 30, sampling, 0.0)
 
 
+@pytest.mark.timed
 def test_a_request_that_comes_while_a_decode_runs_waits_for_no_other_step() -> None:
     policy, runner = Policy(max_sequence_tokens=64), ClockedRunner()
     core = EngineCore(

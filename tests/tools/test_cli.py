@@ -85,6 +85,14 @@ def test_help_explains_every_option() -> None:
     assert "(default: 4GiB)" in command.stdout
 
 
+def test_the_command_is_there_without_what_only_the_engine_and_plots_need() -> None:
+    code = "import sys, tools.cli; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "tools.cli" in loaded
+    assert {"torch", "triton", "transformers", "matplotlib"}.isdisjoint(loaded)
+
+
 def test_help_goes_from_where_the_server_listens_to_how_its_processes_are_watched(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

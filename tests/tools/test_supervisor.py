@@ -24,6 +24,8 @@ from tests.tools.scripted import Script
 from tools.child import ChildSpec
 from tools.supervisor import ServerSpec, Supervisor
 
+pytestmark = pytest.mark.timed
+
 DEADLINE_S = 20.0
 ARGV = (sys.executable, str(Path(__file__).with_name("scripted.py")))
 

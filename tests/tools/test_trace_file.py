@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.step_trace import FORWARD_TRACK, STEP_TRACK
+from engine.trace_tracks import FORWARD_TRACK, STEP_TRACK
 from ipc.errors import InvalidRequest
 from ipc.trace import Flow, TraceRecorder, create_trace
 from tools.trace_file import Span, busy_share, read_trace

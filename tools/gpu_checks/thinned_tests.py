@@ -5,7 +5,8 @@ pytest -p tools.gpu_checks.thinned_tests --thin --end-after 300 tests/engine/ker
 
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 
 import pytest
 
@@ -35,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("thin"):
         return
-    kept = set(_thinned(items))
+    kept = set(thinned(items))
     left_out = [item for item in items if item not in kept]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item in kept]
@@ -49,7 +50,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
             item.session.shouldstop = f"after {spent_s:.0f} s"
 
 
-def _thinned(items: Sequence[pytest.Item]) -> Iterable[pytest.Item]:
+def thinned(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
+    """Of each test only as many parametrizations as each value needs to occur once."""
     functions: dict[object, list[pytest.Item]] = {}
     for item in items:
         functions.setdefault(getattr(item, "function", item), []).append(item)
@@ -75,11 +77,12 @@ def _choice(item: pytest.Item) -> dict[str, str]:
 def covering(choices: Sequence[Mapping[str, Hashable]]) -> list[int]:
     """Indices of a few ``choices`` in which every value of every parameter occurs.
 
-    The next one is always the first of those with the most values that are still missing, and among
-    these with the values that were taken least: so values also meet in many pairs.
+    The next one is always the first of those with the most values that are still missing, among
+    these with the values that were taken least, and among these with the pairs that have met least.
     """
     missing = {pair for choice in choices for pair in choice.items()}
     taken: Counter[tuple[str, Hashable]] = Counter()
+    met: Counter[tuple[tuple[str, Hashable], ...]] = Counter()
     left = list(range(len(choices)))
     found: list[int] = []
     while left and (missing or not found):
@@ -88,10 +91,12 @@ def covering(choices: Sequence[Mapping[str, Hashable]]) -> list[int]:
             key=lambda index: (
                 -len(missing & set(choices[index].items())),
                 sum(taken[pair] for pair in choices[index].items()),
+                sum(met[pairs] for pairs in combinations(choices[index].items(), 2)),
             ),
         )
         left.remove(best)
         found.append(best)
         missing -= set(choices[best].items())
         taken.update(choices[best].items())
+        met.update(combinations(choices[best].items(), 2))
     return sorted(found)

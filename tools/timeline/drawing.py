@@ -10,8 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.lora.placer import LOAD_TRACK
-from engine.step_trace import FORWARD_TRACK
+from engine.trace_tracks import FORWARD_TRACK, LOAD_TRACK
 from ipc.errors import InvalidRequest
 from tools.timeline.figures import Window
 from tools.timeline.loads import Load, is_read, is_staging, loads_of

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from engine.lora.placer import LOAD_TRACK
-from engine.step_trace import FORWARD_TRACK
+from engine.trace_tracks import FORWARD_TRACK, LOAD_TRACK
 from tools.trace_file import Span, Trace
 
 READ_TRACK, CHUNK_TRACK = "read", "ring chunk"

@@ -3,8 +3,6 @@
 Rows without an adapter have values that are not a number: none may reach a result.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +13,7 @@ from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.silu_mul import silu_mul
 from engine.lora.delta import Delta
 from tests.engine.kernels.dtypes import DTYPES, assert_near
-from tests.engine.kernels.paged_cache import make_cache, make_workspace, run
-from tests.engine.kernels.test_projected_decode import LENGTHS, make_rotation
+from tests.engine.kernels.projected import attend, make_projected, make_rotation, with_own_memory
 
 EPS = 1e-5
 
@@ -101,6 +98,7 @@ def test_silu_mul_of_a_delta(
     assert torch.equal(got, expected)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -116,22 +114,16 @@ def test_paged_decode_of_a_delta(
     head_dim: int,
     device: torch.device,
 ) -> None:
-    cache = make_cache(LENGTHS, num_kv_heads, head_dim, dtype, device)
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    qkv = torch.randn(len(LENGTHS), width, device=device).to(dtype)
+    cache, qkv = make_projected(num_heads, num_kv_heads, head_dim, dtype, device)
     rotation = make_rotation(cache, head_dim, dtype, has_norms)
-    delta = make_delta(rows_with_and_without(len(LENGTHS)), width, device, overlaps)
+    delta = make_delta(rows_with_and_without(len(qkv)), qkv.shape[1], device, overlaps)
 
-    def attend(qkv: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor, Tensor]:
-        heads = qkv.view(len(qkv), -1, head_dim)
-        query, key, value = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=1)
-        keys, values = cache.keys.clone(), cache.values.clone()
-        own = replace(cache, keys=keys, values=values, key=key, value=value)
-        workspace = make_workspace(num_heads, own)
-        return run(query, own, workspace, rotation=rotation, delta=delta), keys, values
+    def attended(qkv: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor, Tensor]:
+        own = with_own_memory(cache)
+        return attend(qkv, own, rotation, delta), own.keys, own.values
 
-    expected, before = attend(delta.add_to(qkv), None), qkv.clone()
-    got = attend(qkv, delta)
+    expected, before = attended(delta.add_to(qkv), None), qkv.clone()
+    got = attended(qkv, delta)
     assert torch.equal(qkv, before) and got[0].isfinite().all()
     for ours, theirs in zip(got, expected, strict=True):
         if device.type == "cpu":

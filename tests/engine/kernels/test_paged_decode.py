@@ -9,6 +9,7 @@ from tests.engine.kernels.dtypes import DTYPES, assert_near
 from tests.engine.kernels.paged_cache import BLOCK_SIZE, SMALL, make_cache, make_workspace, run
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "tuning"),

@@ -55,6 +55,7 @@ def rig_of(rigs: dict[DType, LoraRig], dtype: DType) -> LoraRig:
     return rigs[dtype]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("popularity", POPULARITY)
 def test_each_row_gets_its_own_adapters_delta_and_nothing_else(
@@ -80,6 +81,7 @@ def test_every_linear_of_every_layer_finds_its_own_weights(
             rig.add_and_check(step, segments, layer, group, 41)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", RANKS)
 def test_segments_of_many_rows_of_any_rank(

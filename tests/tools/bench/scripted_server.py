@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import uvloop
@@ -13,13 +13,15 @@ from tools.bench.prompts import PromptForm
 
 DEADLINE_S = 20.0
 
+T = TypeVar("T")
+
 # Answers one request: the decoded body, and where to write.
 Answer = Callable[[dict[str, Any], asyncio.StreamWriter], Awaitable[None]]
 
 
-def run(test: Coroutine[Any, Any, None]) -> None:
-    """Runs a test's coroutine on the loop that the bench uses."""
-    uvloop.run(asyncio.wait_for(test, DEADLINE_S))
+def run(test: Coroutine[Any, Any, T]) -> T:
+    """What a test's coroutine returns, on the loop that the bench uses."""
+    return uvloop.run(asyncio.wait_for(test, DEADLINE_S))
 
 
 class ScriptedServer:

@@ -50,6 +50,20 @@ def test_every_value_occurs_and_values_meet_in_different_pairs() -> None:
     assert [dtypes.count(dtype) for dtype in "abc"] == [2, 2, 2]
 
 
+def test_values_of_parameters_with_as_many_values_do_not_always_meet_the_same() -> None:
+    choices = [
+        {"rank": rank, "dtype": dtype, "norms": norms}
+        for rank, dtype, norms in itertools.product(range(4), "ab", (False, True))
+    ]
+    chosen = [choices[index] for index in covering(choices)]
+    assert {(choice["dtype"], choice["norms"]) for choice in chosen} == {
+        ("a", False),
+        ("a", True),
+        ("b", False),
+        ("b", True),
+    }
+
+
 def test_a_test_without_parameters_is_kept_once() -> None:
     assert covering([{}]) == [0]
     assert covering([]) == []

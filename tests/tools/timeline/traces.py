@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from engine.lora.placer import LOAD_TRACK
-from engine.step_trace import FORWARD_TRACK
+from engine.trace_tracks import FORWARD_TRACK, LOAD_TRACK
 from tools.trace_file import Span, Trace
 
 
