@@ -97,9 +97,11 @@ def rows_of(figures: Figures) -> list[tuple[str, str]]:
     return [
         ("forward stream busy", f"{figures.busy_share:.1%}"),
         ("steps", str(figures.num_steps)),
+        ("layer groups", f"{figures.num_groups}, {figures.num_early_groups} before the load's end"),
         ("longest gap between two steps", _ms(figures.longest_gap_ms)),
         ("loads", f"{figures.num_loads}, {figures.load_bytes / 1e6:.1f} MB"),
         ("load time beside a running step", _share(figures.beside_share)),
+        ("load time beside its own prefill", _share(figures.own_prefill_share)),
         ("mean read", _ms(figures.read_ms)),
         ("mean stage", _ms(figures.stage_ms)),
         ("mean copy", _ms(figures.copy_ms)),
@@ -108,9 +110,9 @@ def rows_of(figures: Figures) -> list[tuple[str, str]]:
 
 
 def _notes(rows: list[tuple[str, str]]) -> list[str]:
-    """Two lines below the picture: what the forward stream did, and what the loads took."""
+    """Lines below the picture: the forward stream, what loads ran beside, what they took."""
     told = [f"{name}: {value}" for name, value in rows]
-    return ["    ".join(told[:5]), "    ".join(told[5:])]
+    return ["    ".join(told[:4]), "    ".join(told[4:7]), "    ".join(told[7:])]
 
 
 def _ms(value: float | None) -> str:

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from tools.timeline.loads import is_copy, is_read, is_staging, loads_of, steps_of
+from tools.timeline.loads import (
+    Load,
+    groups_of,
+    is_copy,
+    is_read,
+    is_staging,
+    loads_of,
+    steps_of,
+)
 from tools.trace_file import Span, Trace, busy_share
 
 # Longer stretches have more steps than a picture has room for.
@@ -43,11 +51,16 @@ class Figures:
 
     ``stage_ms`` and ``copy_ms`` are from a load's first chunk to the end of its last, ``wait_ms``
     from there to the begin of the first step that uses the adapter. ``beside_share`` is of the
-    window's time in which anything was read, staged or copied. None: there was no such thing.
+    window's time in which anything was read, staged or copied. ``own_prefill_share`` is of the
+    time of those loads that some step uses: from a load's first layer group on, its own prefill
+    hides it. ``num_early_groups`` began before their adapter's load had ended. None: there was no
+    such thing.
     """
 
     busy_share: float
     num_steps: int
+    num_groups: int
+    num_early_groups: int
     longest_gap_ms: float | None
     num_loads: int
     load_bytes: int
@@ -56,6 +69,7 @@ class Figures:
     copy_ms: float | None
     wait_ms: float | None
     beside_share: float | None
+    own_prefill_share: float | None
 
 
 def whole(trace: Trace) -> Window:
@@ -94,10 +108,16 @@ def figures_of(trace: Trace, window: Window) -> Figures:
     """The figures of ``window``."""
     steps = [span for span in steps_of(trace) if window.overlaps(span.begin_s, span.end_s)]
     loads = [load for load in loads_of(trace) if window.overlaps(load.begin_s, load.end_s)]
+    groups = [span for span in groups_of(trace) if window.overlaps(span.begin_s, span.end_s)]
+    early_groups = [
+        span for load in loads for span in load.groups if window.overlaps(span.begin_s, span.end_s)
+    ]
     gaps_s = [max(0.0, after.begin_s - before.end_s) for before, after in pairwise(steps)]
     return Figures(
         busy_share=busy_share(trace, window.begin_s, window.end_s),
         num_steps=len(steps),
+        num_groups=len(groups),
+        num_early_groups=len(early_groups),
         longest_gap_ms=max(gaps_s) * 1e3 if gaps_s else None,
         num_loads=len(loads),
         load_bytes=sum(load.num_bytes for load in loads),
@@ -112,6 +132,7 @@ def figures_of(trace: Trace, window: Window) -> Figures:
             if load.first_use is not None
         ),
         beside_share=_beside(trace, window),
+        own_prefill_share=_beside_own_prefill(loads),
     )
 
 
@@ -136,6 +157,12 @@ def _beside(trace: Trace, window: Window) -> float | None:
     # What both cover is what each covers, less what they cover together.
     both_s = loading_s + _covered_s(running) - _covered_s(loading + running)
     return both_s / loading_s
+
+
+def _beside_own_prefill(loads: Iterable[Load]) -> float | None:
+    used = [load for load in loads if load.first_use is not None]
+    loading_s = sum(load.end_s - load.begin_s for load in used)
+    return sum(load.beside_groups_s for load in used) / loading_s if loading_s else None
 
 
 def _covered_s(ranges: Iterable[tuple[float, float]]) -> float:

@@ -3,10 +3,10 @@
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from engine.trace_tracks import FORWARD_TRACK, LOAD_TRACK
+from engine.trace_tracks import FORWARD_GROUP_TRACK, FORWARD_TRACK, LOAD_TRACK
 from tools.trace_file import Span, Trace
 
 READ_TRACK, CHUNK_TRACK = "read", "ring chunk"
@@ -17,7 +17,8 @@ class Load:
     """One load, its spans in the order of their begins.
 
     ``read`` is None for an adapter that lay in the host tier, ``first_use`` for one that no step
-    of the trace has used.
+    of the trace has used. ``groups`` are the adapter's layer groups that began on the forward
+    stream while the load was under way.
     """
 
     adapter: str
@@ -25,6 +26,7 @@ class Load:
     staged: tuple[Span, ...]
     copied: tuple[Span, ...]
     first_use: Span | None
+    groups: tuple[Span, ...] = ()
 
     @cached_property
     def transfers(self) -> tuple[Span, ...]:
@@ -43,6 +45,11 @@ class Load:
     def num_bytes(self) -> int:
         """Bytes that arrived in the slot."""
         return sum(int(span.args["bytes"]) for span in self.copied)
+
+    @property
+    def beside_groups_s(self) -> float:
+        """From the begin of its first layer group to its end: how long its own prefill ran too."""
+        return self.end_s - self.groups[0].begin_s if self.groups else 0.0
 
     @property
     def way(self) -> tuple[Span, ...]:
@@ -66,15 +73,21 @@ def steps_of(trace: Trace) -> list[Span]:
     return _sorted(span for span in trace.spans if span.track == FORWARD_TRACK)
 
 
+def groups_of(trace: Trace) -> list[Span]:
+    """The forward stream's layer groups, in the order of their begins; each lies in a step."""
+    return _sorted(filter(is_group, trace.spans))
+
+
 def loads_of(trace: Trace) -> list[Load]:
     """Every load of which something was staged or copied, in the order of their begins."""
     drafts = _transfers(trace)
     _attach_reads(drafts, trace)
     _attach_first_uses(drafts, steps_of(trace))
-    return [
+    loads = [
         Load(draft.adapter, draft.read, tuple(draft.staged), tuple(draft.copied), draft.first_use)
         for draft in drafts
     ]
+    return _with_groups(loads, groups_of(trace))
 
 
 def is_read(span: Span) -> bool:
@@ -90,6 +103,11 @@ def is_staging(span: Span) -> bool:
 def is_copy(span: Span) -> bool:
     """The engine copied a chunk into a slot."""
     return span.track == LOAD_TRACK
+
+
+def is_group(span: Span) -> bool:
+    """The forward stream went through some layers of a prefill."""
+    return span.track == FORWARD_GROUP_TRACK
 
 
 def _sorted(spans: Iterable[Span]) -> list[Span]:
@@ -139,3 +157,20 @@ def _attach_first_uses(drafts: Sequence[_Draft], steps: Sequence[Span]) -> None:
             loads = [load for load in by_name[name] if load.copied[0].begin_s <= step.end_s]
             if loads and loads[-1].first_use is None:
                 loads[-1].first_use = step
+
+
+def _with_groups(loads: Sequence[Load], groups: Sequence[Span]) -> list[Load]:
+    by_adapter: defaultdict[str, list[Span]] = defaultdict(list)
+    for group in groups:
+        by_adapter[str(group.args["adapter"])].append(group)
+    return [
+        replace(
+            load,
+            groups=tuple(
+                group
+                for group in by_adapter[load.adapter]
+                if load.begin_s <= group.begin_s < load.end_s
+            ),
+        )
+        for load in loads
+    ]

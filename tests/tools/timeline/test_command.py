@@ -42,9 +42,11 @@ def test_a_trace_becomes_a_picture_beside_it_and_a_table(
     assert told == {
         "forward stream busy": "90.0%",
         "steps": "3",
+        "layer groups": "0, 0 before the load's end",
         "longest gap between two steps": "4.00 ms",
         "loads": "1, 0.0 MB",
         "load time beside a running step": "81.8%",
+        "load time beside its own prefill": "0.0%",
         "mean read": "10.00 ms",
         "mean stage": "8.00 ms",
         "mean copy": "10.00 ms",

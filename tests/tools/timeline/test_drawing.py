@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ipc.errors import InvalidRequest
-from tests.tools.timeline.traces import copy, one_load, stage, step
+from tests.tools.timeline.traces import copy, group, one_load, one_load_with_groups, stage, step
 from tools.timeline.drawing import (
     MAX_LEGEND_ADAPTERS,
     WIDTH_PX,
@@ -45,6 +45,24 @@ def test_every_span_is_a_bar_in_the_colour_of_what_it_holds() -> None:
     assert colors[0] != colors[14] == colors[42]
     assert colors[8] == colors[18] == colors[26] == adapter_colors(trace)["shout"].lower()
     assert bars[0][1] == pytest.approx(10)
+
+
+def test_groups_lie_over_their_steps_in_their_adapters_colour_with_their_layers() -> None:
+    trace = one_load_with_groups()
+    axis = draw(trace, whole(trace), "", []).axes[0]
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels[-1] == "engine · forward stream" and len(labels) == 3
+    colors = adapter_colors(trace)
+    over = [bar for bar in axis.patches if bar.get_zorder() == 2]
+    assert [to_hex(bar.get_facecolor()) for bar in over] == [colors["shout"].lower()] * 2
+    assert {"0-3", "4-11"} <= {text.get_text() for text in axis.texts}
+
+
+def test_a_group_of_the_base_model_is_a_prefill_and_no_adapter() -> None:
+    trace = Trace((step(0, 9, "layers"), group("", "0-7", 0, 9)), 0)
+    axis = draw(trace, whole(trace), "", []).axes[0]
+    assert adapter_colors(trace) == {}
+    assert len({to_hex(bar.get_facecolor()) for bar in axis.patches}) == 1
 
 
 def test_lines_lead_from_station_to_station() -> None:

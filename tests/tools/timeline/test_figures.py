@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tools.timeline.traces import copy, one_load, stage, step
+from tests.tools.timeline.traces import copy, one_load, one_load_with_groups, stage, step
 from tools.timeline.figures import Window, busiest, figures_of, whole
 from tools.trace_file import Trace
 
@@ -22,6 +22,15 @@ def test_figures_of_the_whole_trace() -> None:
     assert figures.beside_share == pytest.approx(18 / 22)
 
 
+def test_figures_of_prefills_that_overlap_their_own_load() -> None:
+    trace = one_load_with_groups()
+    figures = figures_of(trace, whole(trace))
+    assert (figures.num_steps, figures.num_groups, figures.num_early_groups) == (3, 2, 1)
+    # From its first group at 4 ms on, of 10 ms.
+    assert figures.own_prefill_share == pytest.approx(0.6)
+    assert figures_of(one_load(), whole(one_load())).own_prefill_share == 0.0
+
+
 def test_figures_of_a_window_count_what_lies_within() -> None:
     figures = figures_of(one_load(), Window(0.012, 0.022))
     assert figures.busy_share == pytest.approx(8 / 10)
@@ -33,7 +42,7 @@ def test_a_window_without_loads_has_no_load_times() -> None:
     figures = figures_of(one_load(), Window(0.045, 0.055))
     assert (figures.num_loads, figures.load_bytes) == (0, 0)
     assert figures.read_ms is figures.stage_ms is figures.copy_ms is figures.wait_ms is None
-    assert figures.beside_share is None
+    assert figures.beside_share is figures.own_prefill_share is None
     assert figures.busy_share == pytest.approx(1)
 
 

@@ -1,6 +1,8 @@
 """Loads are put together from chunks, reads and first uses, each of them used once."""
 
-from tests.tools.timeline.traces import copy, one_load, read, stage, step
+import pytest
+
+from tests.tools.timeline.traces import copy, one_load, one_load_with_groups, read, stage, step
 from tools.timeline.loads import loads_of
 from tools.trace_file import Trace
 
@@ -44,3 +46,14 @@ def test_each_first_use_is_that_of_the_load_before_it() -> None:
     first, second = loads_of(Trace(again + one_load().spans, 0))
     assert first.first_use == one_load().spans[7]
     assert second.first_use == again[2]
+
+
+def test_a_load_has_the_groups_of_its_prefill_that_began_before_its_end() -> None:
+    trace = one_load_with_groups()
+    (load,) = loads_of(trace)
+    assert load.groups == (trace.spans[5],)
+    assert load.beside_groups_s == pytest.approx(0.006)
+    assert loads_of(one_load())[0].beside_groups_s == 0.0
+    # The same adapter's next load has groups of its own.
+    again = (stage("shout", 3, 8, 0, 40, 41), copy("shout", 8, 0, 41, 45))
+    assert [each.groups for each in loads_of(Trace(trace.spans + again, 0))] == [load.groups, ()]

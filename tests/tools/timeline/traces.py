@@ -3,13 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from engine.trace_tracks import FORWARD_TRACK, LOAD_TRACK
+from engine.trace_tracks import FORWARD_GROUP_TRACK, FORWARD_TRACK, LOAD_TRACK
 from tools.trace_file import Span, Trace
 
 
 def step(begin_ms: float, end_ms: float, kind: str = "decode", first_uses: str = "") -> Span:
     args = {"kind": kind, "first_uses": first_uses}
     return span("engine", FORWARD_TRACK, begin_ms, end_ms, args)
+
+
+def group(adapter: str, layers: str, begin_ms: float, end_ms: float) -> Span:
+    args = {"adapter": adapter, "layers": layers, "tokens": 100}
+    return span("engine", FORWARD_GROUP_TRACK, begin_ms, end_ms, args)
 
 
 def read(adapter: str, adapter_id: int, begin_ms: float, end_ms: float) -> Span:
@@ -44,5 +49,21 @@ def one_load() -> Trace:
         stage("shout", 3, 7, 50, 22, 26),
         copy("shout", 7, 50, 26, 30),
         step(42, 60, "prefill", "shout"),
+    )
+    return Trace(spans, 0)
+
+
+def one_load_with_groups() -> Trace:
+    """``shout`` comes in within [0, 10) ms; its prefill runs in [4, 9) and [15, 25) ms."""
+    spans = (
+        stage("shout", 3, 7, 0, 0, 3),
+        copy("shout", 7, 0, 3, 4),
+        stage("shout", 3, 7, 50, 3, 9),
+        copy("shout", 7, 50, 9, 10),
+        step(4, 9, "layers", "shout"),
+        group("shout", "0-3", 4, 9),
+        step(9, 15),
+        step(15, 25, "layers"),
+        group("shout", "4-11", 15, 25),
     )
     return Trace(spans, 0)
