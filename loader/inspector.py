@@ -20,13 +20,18 @@ from loader.adapter_files import (
 from loader.peft_adapter import CONFIG_NAME, TENSORS_NAME, plan_adapter
 from loader.peft_config import parse_config
 from loader.plan import AdapterPlan
-from loader.safetensors_header import read_header
+from loader.safetensors_header import parse_header, read_header
 
 MAX_CONFIG_BYTES = 1 << 20
-# A plan takes up to some hundreds of kilobytes, and some milliseconds to make again.
+# A plan takes up to some hundreds of kilobytes, and some milliseconds to make again. Adapters whose
+# configurations and headers are equal, as those of one training setup are, share one.
 NUM_CACHED_PLANS = 64
 
 _FILE_NAMES = (CONFIG_NAME, TENSORS_NAME)
+_CONFIG_FILE, _TENSOR_FILE = range(len(_FILE_NAMES))
+
+_PlanKey = tuple[str, int]
+"""The digest of the bytes that a plan was made from, and the size of the file with the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class Inspector:
         self._host_tier_bytes = host_tier_bytes
         self._sleep = sleep
         self._lock = threading.Lock()
-        self._plans: OrderedDict[Generation, AdapterPlan] = OrderedDict()
+        self._plans: OrderedDict[_PlanKey, AdapterPlan] = OrderedDict()
 
     def inspect(self, adapter_id: AdapterId, path: str) -> Manifest:
         """What the adapter at ``path`` is, complete and checked against the base.
@@ -84,12 +89,11 @@ class Inspector:
         files = self._folders.open(folder, _FILE_NAMES)
         try:
             self._check_identity(files, source)
-            plan = self._cached(source.generation)
+            plan = self._cached((source.generation.digest, _tensor_bytes(files)))
             if plan is None:
                 plan, digest = self._read(files)
                 if digest != source.generation.digest:
                     raise _changed(folder)
-                self._remember(source.generation, plan)
             return OpenAdapter(files, plan)
         except BaseException:
             files.close()
@@ -111,7 +115,6 @@ class Inspector:
             if time.monotonic() > deadline_s:
                 raise AdapterInvalid(f"{folder} is being written to: its files do not settle")
             self._sleep(MTIME_GRANULARITY_NS / 1e9)
-        self._remember(generation, plan)
         return Manifest(
             path=folder,
             generation=generation,
@@ -124,38 +127,44 @@ class Inspector:
 
     def _read(self, files: AdapterFiles) -> tuple[AdapterPlan, str]:
         """The plan and the digest of the bytes that it was made from."""
-        config_file, tensor_file = range(len(_FILE_NAMES))
-        config_bytes = _read_whole(files, config_file)
+        config_bytes = _read_whole(files, _CONFIG_FILE)
+        header = read_header(files.fds[_TENSOR_FILE], _tensor_bytes(files), TENSORS_NAME)
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (config_bytes, header):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        key = (digest.hexdigest(), _tensor_bytes(files))
+        plan = self._cached(key)
+        if plan is None:
+            plan = self._plan(files, config_bytes, header)
+            self._remember(key, plan)
+        return plan, digest.hexdigest()
+
+    def _plan(self, files: AdapterFiles, config_bytes: bytes, header: bytes) -> AdapterPlan:
         config = parse_config(config_bytes, CONFIG_NAME)
-        header = read_header(
-            files.fds[tensor_file], files.identities[tensor_file].num_bytes, TENSORS_NAME
-        )
-        plan = plan_adapter(config, header.tensors, self.base, self.max_lora_rank, tensor_file)
+        tensors = parse_header(header, _tensor_bytes(files), TENSORS_NAME)
+        plan = plan_adapter(config, tensors, self.base, self.max_lora_rank, _TENSOR_FILE)
         if plan.layout.num_bytes > self._host_tier_bytes:
             raise AdapterInvalid(
                 f"{files.folder}: its image takes {plan.layout.num_bytes} bytes, more than all of"
                 f" --host-tier-memory, {self._host_tier_bytes}"
             )
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (config_bytes, header.payload):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        return plan, digest.hexdigest()
+        return plan
 
     def _check_identity(self, files: AdapterFiles, source: AdapterSource) -> None:
         if files.identities != source.generation.files:
             raise _changed(files.folder)
 
-    def _cached(self, generation: Generation) -> AdapterPlan | None:
+    def _cached(self, key: _PlanKey) -> AdapterPlan | None:
         with self._lock:
-            plan = self._plans.get(generation)
+            plan = self._plans.get(key)
             if plan is not None:
-                self._plans.move_to_end(generation)
+                self._plans.move_to_end(key)
             return plan
 
-    def _remember(self, generation: Generation, plan: AdapterPlan) -> None:
+    def _remember(self, key: _PlanKey, plan: AdapterPlan) -> None:
         with self._lock:
-            self._plans[generation] = plan
+            self._plans[key] = plan
             while len(self._plans) > NUM_CACHED_PLANS:
                 self._plans.popitem(last=False)
 
@@ -175,6 +184,10 @@ def _check_format(folder: str) -> None:
         )
     if any(name.endswith(".gguf") for name in names):
         raise AdapterInvalid(f"{folder}: GGUF adapters can not be served, only {TENSORS_NAME}")
+
+
+def _tensor_bytes(files: AdapterFiles) -> int:
+    return files.identities[_TENSOR_FILE].num_bytes
 
 
 def _read_whole(files: AdapterFiles, index: int) -> bytes:

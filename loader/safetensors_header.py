@@ -84,19 +84,11 @@ class FileTensor:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """``payload`` is the JSON as it stands in the file; ``tensors`` are in the order of bytes."""
-
-    payload: bytes
-    tensors: tuple[FileTensor, ...]
-
-
-def read_header(fd: int, file_bytes: int, where: str) -> Header:
-    """The header of the file open at ``fd``, every claim of it checked against ``file_bytes``.
+def read_header(fd: int, file_bytes: int, where: str) -> bytes:
+    """The JSON at the begin of the file of ``file_bytes`` that is open at ``fd``, as it stands.
 
     Raises:
-        AdapterInvalid: the file is cut short, or its header is malformed or contradicts itself.
+        AdapterInvalid: the file is too short for it.
         OSError: the read failed.
     """
     if file_bytes < _LENGTH.size:
@@ -112,17 +104,18 @@ def read_header(fd: int, file_bytes: int, where: str) -> Header:
     payload = os.pread(fd, length, _LENGTH.size)
     if len(payload) != length:
         raise AdapterInvalid(f"{where} was cut short while it was read")
-    return Header(payload, parse_header(payload, file_bytes - _LENGTH.size - length, where))
+    return payload
 
 
-def parse_header(payload: bytes, data_bytes: int, where: str) -> tuple[FileTensor, ...]:
+def parse_header(payload: bytes, file_bytes: int, where: str) -> tuple[FileTensor, ...]:
     """The tensors that ``payload`` describes, in the order of their bytes.
 
-    ``data_bytes`` is what the file holds behind the header.
+    Every claim of it is checked against ``file_bytes``, the whole file's.
 
     Raises:
-        AdapterInvalid: as ``read_header``.
+        AdapterInvalid: the header is malformed or contradicts itself, or the file is cut short.
     """
+    data_bytes = file_bytes - _LENGTH.size - len(payload)
     where = f"the header of {where}"
     if not payload.startswith(b"{"):
         raise AdapterInvalid(f"{where} does not begin with '{{'")

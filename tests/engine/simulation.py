@@ -223,7 +223,7 @@ class Simulation:
             self._complete_steps(num_left=0)
         running_before = {s for s in self.sequences if s.state is SequenceState.RUNNING}
         open_before = self._open_turns()
-        could_decode = {s for s in running_before if _could_decode(s)}
+        could_decode = {s: s.num_pauses for s in running_before if _could_decode(s)}
         plan = policy.scheduler.schedule(self.now_s)
         self._carry_out_actions()
         self._check_bounded_waiting(plan, running_before, open_before)
@@ -360,9 +360,17 @@ class Simulation:
             for block in sequence.block_table[chunk.start // BLOCK_SIZE : -(-end // BLOCK_SIZE)]:
                 assert holders[block] == 1, "a step writes into a block that others read"
 
-    def _check_turn(self, plan: StepPlan, could_decode: set[Sequence]) -> None:
-        """A step has decodes or prefills; those wait for a bounded number of tokens of these."""
-        could_decode = {s for s in could_decode if s.state is SequenceState.RUNNING}
+    def _check_turn(self, plan: StepPlan, pauses_before: dict[Sequence, int]) -> None:
+        """A step has decodes or prefills; those wait for a bounded number of tokens of these.
+
+        ``pauses_before`` has those that could decode. Who was paused now may be admitted again, and
+        is among the prefills then.
+        """
+        could_decode = {
+            sequence
+            for sequence, num_pauses in pauses_before.items()
+            if sequence.state is SequenceState.RUNNING and sequence.num_pauses == num_pauses
+        }
         scheduled = {chunk.sequence for chunk in plan.chunks}
         if scheduled & could_decode:
             assert plan.is_decode

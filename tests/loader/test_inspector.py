@@ -289,6 +289,35 @@ def test_opening_gives_the_inspected_adapter(tmp_path: Path, same_inspector: boo
     assert opened.files.identities == manifest.generation.files
 
 
+def test_adapters_of_one_configuration_and_header_share_a_plan(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        write_adapter(tmp_path / name, BASE, seed=seed)
+    write_adapter(tmp_path / "c", BASE, rank=5)
+    same = inspector(tmp_path)
+    manifests = [same.inspect(AdapterId(1), str(tmp_path / name)) for name in "abc"]
+    opened = [same.open(source_of(manifest)) for manifest in manifests]
+    for each in opened:
+        each.files.close()
+    plans = [each.plan for each in opened]
+    assert plans[0] is plans[1] and plans[2].max_rank == 5
+    # Each is read from its own files.
+    assert opened[0].files.identities != opened[1].files.identities
+    with_weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert with_weights[0] != with_weights[1]
+
+
+def test_a_file_that_is_cut_short_is_refused_also_where_the_plan_is_known(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_adapter(tmp_path / name, BASE)
+    path = tmp_path / "b/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    make_old(tmp_path / "b")
+    same = inspector(tmp_path)
+    same.inspect(AdapterId(1), str(tmp_path / "a"))
+    with pytest.raises(AdapterInvalid, match="it is cut short"):
+        same.inspect(AdapterId(2), str(tmp_path / "b"))
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_opening_refuses_files_that_changed_since(tmp_path: Path, name: str) -> None:
     write_adapter(tmp_path / "a", BASE)

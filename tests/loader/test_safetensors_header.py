@@ -23,7 +23,7 @@ def read(path: Path, payload: bytes) -> tuple[FileTensor, ...]:
     path.write_bytes(payload)
     fd = os.open(path, os.O_RDONLY)
     try:
-        return read_header(fd, len(payload), "F").tensors
+        return parse_header(read_header(fd, len(payload), "F"), len(payload), "F")
     finally:
         os.close(fd)
 
@@ -43,7 +43,7 @@ def peak_bytes() -> int:
 def refusal(header: object, data_bytes: int = 24) -> str:
     payload = header if isinstance(header, bytes) else json.dumps(header).encode()
     with pytest.raises(AdapterInvalid) as caught:
-        parse_header(payload, data_bytes, "F")
+        parse_header(payload, 8 + len(payload) + data_bytes, "F")
     return caught.value.message
 
 
