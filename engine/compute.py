@@ -9,6 +9,7 @@ from engine.attention import AttentionBackend, PagedAttention
 from engine.config import EngineConfig, LoadFormat
 from engine.device import CudaDevice, Device, choose_dtype
 from engine.kv_cache import KvCache
+from engine.layer_passes import CapturedPasses
 from engine.layer_runner import AroundGroup, nothing_around
 from engine.lora.linear import LoraBackend, ReferenceLora
 from engine.lora.pool import AdapterPool
@@ -66,16 +67,27 @@ def build_compute(
     attention: AttentionBackend
     lora: LoraBackend
     graphs: StepGraphs | None = None
+    prefill_graphs: CapturedPasses | None = None
     if isinstance(device, CudaDevice):
         # Only a GPU needs Triton.
         from engine.cuda_compute import CudaParts
 
         parts = CudaParts(config, base, pool, cache, decoder, drawn, device)
-        attention, lora, graphs, tables = parts.attention, parts.lora, parts.graphs, (parts.table,)
+        attention, lora, tables = parts.attention, parts.lora, (parts.table,)
+        graphs, prefill_graphs = parts.graphs, parts.prefill_graphs
     else:
         attention, lora, tables = PagedAttention(cache, device), ReferenceLora(pool), (pool,)
     runner = ModelRunner(
-        decoder, config.block_size, attention, lora, sampler, device, drawn, graphs, around_group
+        decoder,
+        config.block_size,
+        attention,
+        lora,
+        sampler,
+        device,
+        drawn,
+        graphs,
+        prefill_graphs,
+        around_group,
     )
     return Compute(
         model, dtype, base, decoder, num_blocks, pool, tables, runner, graphs is not None

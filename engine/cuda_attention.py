@@ -83,7 +83,7 @@ class CudaAttention:
                 int(batch.context_lens[chunks].max()),
                 rows,
             )
-        return self._step(tensors, prefills, decodes)
+        return self._step(tensors.slot_mapping, prefills, decodes)
 
     def begin_decode(self, tensors: DeviceBatch, max_context: int) -> AttentionStep:
         """A step of one token a row, in the rows' order; may be captured in a CUDA graph.
@@ -93,14 +93,20 @@ class CudaAttention:
         zeros.
         """
         decodes = _Decodes(tensors.block_tables, tensors.context_lens, max_context, None)
-        return self._step(tensors, None, decodes)
+        return self._step(tensors.slot_mapping, None, decodes)
+
+    def begin_prefill(self, slots: Tensor, sequences: PackedSequences) -> AttentionStep:
+        """A step of whole sequences, from their starts on; may be captured in a CUDA graph.
+
+        Keys and values of row ``i`` go to ``slots[i]``, or nowhere if that is negative. Sequences
+        may be empty. What comes of rows that are in none is undefined.
+        """
+        return self._step(slots, _Prefills(sequences, None), None)
 
     def _step(
-        self, tensors: DeviceBatch, prefills: _Prefills | None, decodes: _Decodes | None
+        self, slots: Tensor, prefills: _Prefills | None, decodes: _Decodes | None
     ) -> "_CudaStep":
-        return _CudaStep(
-            self._cache, self._workspace, self._causal, tensors.slot_mapping, prefills, decodes
-        )
+        return _CudaStep(self._cache, self._workspace, self._causal, slots, prefills, decodes)
 
     def _prefills(self, batch: FlatBatch, is_decode: npt.NDArray[np.bool_]) -> _Prefills:
         row_counts = batch.row_counts

@@ -10,7 +10,7 @@ nothing to do are still launches.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.attention import AttentionStep
 from engine.batch import DeviceBatch, FlatBatch
 from engine.device import CudaDevice
+from engine.graph_capture import GraphCapture
 from engine.lora.linear import LoraStep, NoAdapters
 from engine.lora.segments import Segment
 from engine.models.decoder import Decoder
@@ -63,7 +64,7 @@ def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
 class _Graph:
     """``logits`` is ``[num_rows, vocab]``, overwritten by the next replay of any graph."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     logits: Tensor
 
 
@@ -143,22 +144,17 @@ class DecodeGraphs:
         largest = self._inputs[self._sizes[-1]].num_values
         self._packed = torch.zeros(largest, dtype=torch.int32, device=device.torch_device)
         self._graphs: dict[tuple[int, bool], _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self) -> None:
-        """Captures every size. Nothing else may use the device meanwhile."""
-        # Inputs and work lists were filled on another stream than the one that reads them.
-        self._device.synchronize()
-        with torch.inference_mode(), self._device.forward_stream():
-            # The largest first: the smaller ones then live in its memory.
-            for size in reversed(self._sizes):
-                self._packed.zero_()
-                views = self._inputs[size].views(self._packed)
-                views["slots"].fill_(-1)
-                views["pending"].fill_(-1)
-                for with_adapters in (True, False):
-                    self._graphs[size, with_adapters] = self._capture(size, with_adapters)
-        self._device.synchronize()
+    def capture(self, capture: GraphCapture) -> None:
+        """Captures every size, within ``inference_mode`` and the forward stream."""
+        # The largest first: the smaller ones then live in its memory.
+        for size in reversed(self._sizes):
+            self._packed.zero_()
+            views = self._inputs[size].views(self._packed)
+            views["slots"].fill_(-1)
+            views["pending"].fill_(-1)
+            for with_adapters in (True, False):
+                self._graphs[size, with_adapters] = self._capture(size, with_adapters, capture)
         logger.info("captured decode graphs for batches of %s", self._sizes)
 
     def fits(self, batch: FlatBatch) -> bool:
@@ -181,17 +177,16 @@ class DecodeGraphs:
         if with_adapters:
             self._lora_steps[size].fill(batch.segments)
         captured = self._graphs[size, with_adapters]
-        captured.graph.replay()
+        captured.replay()
         return captured.logits[:num_rows]
 
-    def _capture(self, size: int, with_adapters: bool) -> _Graph:
+    def _capture(self, size: int, with_adapters: bool, capture: GraphCapture) -> _Graph:
         # Compiles kernels and sets up libraries, neither of which a capture permits.
         self._compute(size, with_adapters)
         self._device.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
-            logits = self._compute(size, with_adapters)
-        return _Graph(graph, logits)
+        logits: list[Tensor] = []
+        replay = capture(lambda: logits.append(self._compute(size, with_adapters)))
+        return _Graph(replay, *logits)
 
     def _compute(self, size: int, with_adapters: bool) -> Tensor:
         inputs = self._inputs[size]
@@ -212,7 +207,7 @@ class DecodeGraphs:
         hidden = self._decoder.run_layers(
             range(self._decoder.config.num_layers),
             self._decoder.embed(token_ids),
-            tensors.positions,
+            self._decoder.rotation(tensors.positions),
             self._attention.begin_decode(tensors, self._max_context),
             lora,
         )

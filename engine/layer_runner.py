@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.attention import AttentionBackend, AttentionStep
-from engine.batch import FlatBatch, flatten, to_device
+from engine.batch import flatten, to_device
 from engine.device import Device
-from engine.lora.linear import LoraBackend
+from engine.layer_passes import LayerPass, LayerPasses
 from engine.models.decoder import Decoder
 from engine.plan import LayerGroup, ScheduledChunk, StepPlan
 
@@ -27,9 +26,7 @@ class _Progress:
     """``hidden`` ``[num_tokens, hidden]`` in the model's dtype stands before ``next_layer``."""
 
     chunk: ScheduledChunk
-    batch: FlatBatch
-    positions: Tensor
-    attention: AttentionStep
+    layers: LayerPass
     hidden: Tensor
     next_layer: int = 0
 
@@ -47,15 +44,13 @@ class LayerRunner:
         self,
         decoder: Decoder,
         block_size: int,
-        attention: AttentionBackend,
-        lora: LoraBackend,
+        passes: LayerPasses,
         device: Device,
         around: AroundGroup = nothing_around,
     ) -> None:
         self._decoder = decoder
         self._block_size = block_size
-        self._attention = attention
-        self._lora = lora
+        self._passes = passes
         self._device = device
         self._around = around
         self._progress: _Progress | None = None
@@ -75,11 +70,7 @@ class LayerRunner:
         progress = self._progress
         assert progress is not None and progress.chunk is group.chunk, "a job's groups have gaps"
         assert progress.next_layer == group.layers.start, (progress.next_layer, group.layers)
-        # Anew for each group: where the adapter stands in the pool's table is looked up here.
-        lora = self._lora.begin(progress.batch.segments)
-        progress.hidden = self._decoder.run_layers(
-            group.layers, progress.hidden, progress.positions, progress.attention, lora, between
-        )
+        progress.hidden = progress.layers.run(group.layers, progress.hidden, between)
         progress.next_layer = group.layers.stop
         if not group.is_last:
             return None
@@ -90,9 +81,5 @@ class LayerRunner:
         batch = flatten(StepPlan((chunk,)), self._block_size)
         tensors = to_device(batch, self._device)
         return _Progress(
-            chunk,
-            batch,
-            tensors.positions,
-            self._attention.begin(batch, tensors),
-            self._decoder.embed(tensors.token_ids),
+            chunk, self._passes.begin(batch, tensors), self._decoder.embed(tensors.token_ids)
         )

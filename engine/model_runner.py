@@ -10,6 +10,7 @@ from engine.attention import AttentionBackend
 from engine.batch import DeviceBatch, FlatBatch, flatten, to_device
 from engine.device import Device
 from engine.drawn_tokens import DrawnStep
+from engine.layer_passes import CapturedPasses, LayerPasses
 from engine.layer_runner import AroundGroup, LayerRunner, nothing_around
 from engine.lora.linear import LoraBackend
 from engine.models.decoder import Decoder
@@ -38,7 +39,8 @@ class ModelRunner:
     Its layer group, whose adapter may still be arriving, is launched by itself behind the chunks.
 
     The tokens that a step draws stay on the device, in ``drawn`` ``[max_num_seqs]`` int64, and
-    feed the next one. ``graphs``, which read them there, take the steps that fit them.
+    feed the next one. ``graphs``, which read them there, take the steps that fit them;
+    ``prefill_graphs`` the passes of others.
     """
 
     def __init__(
@@ -51,18 +53,18 @@ class ModelRunner:
         device: Device,
         drawn: Tensor,
         graphs: StepGraphs | None = None,
+        prefill_graphs: CapturedPasses | None = None,
         around_group: AroundGroup = nothing_around,
     ) -> None:
         self._decoder = decoder
         self._block_size = block_size
-        self._attention = attention
-        self._lora = lora
+        self._passes = LayerPasses(decoder, attention, lora, prefill_graphs)
         self._sampler = sampler
         self._device = device
         self._drawn = drawn
         self._num_drawn = 0
         self._graphs = graphs
-        self._layers = LayerRunner(decoder, block_size, attention, lora, device, around_group)
+        self._layers = LayerRunner(decoder, block_size, self._passes, device, around_group)
 
     def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
         """Gives the device a step that is not empty; waits for none launched before.
@@ -120,14 +122,9 @@ class ModelRunner:
     def _forward(
         self, batch: FlatBatch, tensors: DeviceBatch, between: Callable[[], None]
     ) -> Tensor:
-        return self._decoder.run_layers(
-            range(self._decoder.config.num_layers),
-            self._decoder.embed(self._token_ids(batch, tensors)),
-            tensors.positions,
-            self._attention.begin(batch, tensors),
-            self._lora.begin(batch.segments),
-            between,
-        )
+        hidden = self._decoder.embed(self._token_ids(batch, tensors))
+        layers = range(self._decoder.config.num_layers)
+        return self._passes.begin(batch, tensors).run(layers, hidden, between)
 
     def _token_ids(self, batch: FlatBatch, tensors: DeviceBatch) -> Tensor:
         """The input ids ``[num_tokens]``, those that the last step drew put into their rows."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.batch import FlatBatch
 from engine.cuda_attention import open_cuda_attention
 from engine.decode_graphs import DecodeGraphs
+from engine.graph_capture import GraphCapture
 from engine.kv_cache import KvCache
 from engine.lora.launches import LoraTuning
 from engine.lora.segments import Segment
@@ -179,7 +180,10 @@ class _Model:
             block_size=BLOCK_SIZE,
             sizes=sorted({case.batch for case in CASES}),
         )
-        graphs.capture()
+        self._device.synchronize()
+        with torch.inference_mode(), self._device.forward_stream():
+            graphs.capture(GraphCapture())
+        self._device.synchronize()
         return graphs
 
     def logits(self, graphs: DecodeGraphs, num_rows: int, adapters: list[AdapterId]) -> Tensor:

@@ -79,7 +79,7 @@ class LoraLaunches:
         self._base = base
         self._weights = weights
         self._tuning = tuning
-        self._max_rank = padded_rank(max_rank)
+        self.max_rank = padded_rank(max_rank)
         self._num_processors = _NUM_PROCESSORS_OF_CPU
         self._overlaps = False
         if device.type == "cuda":
@@ -158,9 +158,18 @@ class LoraLaunches:
         )
 
     def shrink_many(
-        self, layer: int, group: ModuleGroup, x: Tensor, tiles: Tensor, max_rank: int
+        self,
+        layer: int,
+        group: ModuleGroup,
+        x: Tensor,
+        tiles: Tensor,
+        max_rank: int,
+        num_used: int,
     ) -> None:
-        """``x Aᵀ`` for the large segments' ``tiles``, whose ranks are ``max_rank`` at most."""
+        """``x Aᵀ`` for the large segments' ``tiles``, whose ranks are ``max_rank`` at most.
+
+        About ``num_used`` of them have rows.
+        """
         shrink_many(
             x,
             self._weights,
@@ -169,6 +178,7 @@ class LoraLaunches:
             self._shape(group),
             layer,
             max_rank,
+            num_used,
             self._num_processors,
             self._tuning.shrink_many,
         )
@@ -195,7 +205,7 @@ class LoraLaunches:
         No adapter must be resident yet: the launches find nothing to do.
         """
         device, dtype = self._weights.arena.device, self._weights.arena.dtype
-        ranks = [rank for rank in (8, 16, 32, 64, 128) if rank < self._max_rank]
+        ranks = [rank for rank in (8, 16, 32, 64, 128) if rank < self.max_rank]
         for names in LINEAR_GROUPS:
             group = group_columns(self._base, names)
             x = torch.zeros(1, self._shape(group).in_features, dtype=dtype, device=device)
@@ -203,8 +213,8 @@ class LoraLaunches:
             # As few and as many tiles as make a difference to how the work is cut up.
             for num_tiles in (1, self._num_processors):
                 tiles = torch.tensor([[0, 0, 1, 0]] * num_tiles, dtype=torch.int32, device=device)
-                for rank in (*ranks, self._max_rank):
-                    self.shrink_many(0, group, x, tiles, rank)
+                for rank in (*ranks, self.max_rank):
+                    self.shrink_many(0, group, x, tiles, rank, num_tiles)
                     self.expand_many(0, group, out, tiles, rank)
 
     def _shape(self, group: ModuleGroup) -> GroupShape:
@@ -247,15 +257,19 @@ class SmallSegments:
 
 
 class LargeSegments:
-    """Segments of many rows: their tiles on the device, of ranks up to ``max_rank``."""
+    """Segments of many rows: their tiles on the device, of ranks up to ``max_rank``.
 
-    def __init__(self, launches: LoraLaunches, tiles: Tensor, max_rank: int) -> None:
+    About ``num_used`` of the tiles have rows.
+    """
+
+    def __init__(self, launches: LoraLaunches, tiles: Tensor, max_rank: int, num_used: int) -> None:
         self._launches = launches
         self._tiles = tiles
         self._max_rank = max_rank
+        self._num_used = num_used
 
     def shrink(self, layer: int, group: ModuleGroup, x: Tensor) -> None:
-        self._launches.shrink_many(layer, group, x, self._tiles, self._max_rank)
+        self._launches.shrink_many(layer, group, x, self._tiles, self._max_rank, self._num_used)
 
     def expand(self, layer: int, group: ModuleGroup, out: Tensor) -> None:
         """Adds what comes of the ``shrink`` that was launched last to ``out``."""

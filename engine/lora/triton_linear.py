@@ -32,6 +32,7 @@ from engine.lora.work import (
     list_row_tiles,
     list_units,
     num_flag_rows,
+    num_row_tiles,
 )
 from ipc.base_model import LINEAR_GROUPS, BaseModel
 from ipc.image import ENTRY_ALIGNMENT
@@ -91,8 +92,19 @@ class TritonLora:
             listed = list_row_tiles(large, self._tuning.shrink_many.tile_rows)
             tiles = self._device.upload(listed)
             max_rank = max(segment.max_rank for segment in large)
-            parts.append(LargeSegments(self._launches, tiles, max_rank))
+            parts.append(LargeSegments(self._launches, tiles, max_rank, len(listed)))
         return EagerStep(tuple(parts))
+
+    def tiled_steps(self, max_rows: int) -> "TiledSteps":
+        """Steps of up to ``max_rows`` rows to be captured once and replayed for any segments."""
+        return TiledSteps(
+            self._launches,
+            self._table,
+            self._device,
+            max_rows,
+            self._tuning.shrink_many.tile_rows,
+            self._launches.max_rank,
+        )
 
     def graph_step(self, max_rows: int) -> "GraphStep":
         """A step to be captured once and replayed for any segments of ``max_rows`` rows in all."""
@@ -116,7 +128,7 @@ class TritonLora:
 
 
 class EagerStep:
-    """A step that is launched kernel by kernel."""
+    """Adds the deltas of its parts to each product, in launches behind it."""
 
     def __init__(self, parts: tuple[SmallSegments | LargeSegments, ...]) -> None:
         self.parts = parts
@@ -130,6 +142,63 @@ class EagerStep:
             part.shrink(layer, group, x)
             part.expand(layer, group, out)
         return Projected(out)
+
+
+class TiledSteps:
+    """Owns a list of row tiles at a fixed place: launches of all segments as large ones.
+
+    There are tiles for one segment of as many rows as a step has, and some to spare for where
+    several segments end.
+    """
+
+    _NUM_SPARE = 4
+    # What the launches are cut up for: few ranks are read by many programs.
+    _RANKS = (16, 64)
+
+    def __init__(
+        self,
+        launches: LoraLaunches,
+        table: AdapterTable,
+        device: Device,
+        max_rows: int,
+        tile_rows: int,
+        max_rank: int,
+    ) -> None:
+        self.ranks = (*(rank for rank in self._RANKS if rank < max_rank), max_rank)
+        self._launches = launches
+        self._table = table
+        self._device = device
+        self._tile_rows = tile_rows
+        shape = (self._num_tiles(max_rows), 4)
+        self._tiles = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
+
+    def step(self, num_rows: int, max_rank: int) -> EagerStep:
+        """Launches for what the last ``fill`` with so many rows says; at first, nothing."""
+        tiles = self._tiles[: self._num_tiles(num_rows)]
+        num_used = -(-num_rows // self._tile_rows)
+        return EagerStep((LargeSegments(self._launches, tiles, max_rank, num_used),))
+
+    def fits(self, segments: tuple[Segment, ...], num_rows: int) -> bool:
+        """Whether a step of ``num_rows`` rows has tiles for these segments."""
+        found = _row_segments(segments, self._table)
+        return num_row_tiles(found, self._tile_rows) <= self._num_tiles(num_rows)
+
+    def fill(self, segments: tuple[Segment, ...], num_rows: int) -> int:
+        """Launches of ``num_rows`` rows from now on are for these segments, which fit.
+
+        Returns for which of ``ranks`` the launches must be. What was launched before is not
+        affected.
+        """
+        found = _row_segments(segments, self._table)
+        tiles = np.zeros((self._num_tiles(num_rows), 4), dtype=np.int32)
+        listed = list_row_tiles(found, self._tile_rows)
+        tiles[: len(listed)] = listed
+        self._device.upload_into(tiles, self._tiles[: len(tiles)])
+        most = max((each.max_rank for each in found), default=0)
+        return next(rank for rank in self.ranks if rank >= most)
+
+    def _num_tiles(self, num_rows: int) -> int:
+        return -(-num_rows // self._tile_rows) + self._NUM_SPARE
 
 
 class Fork:

@@ -126,8 +126,16 @@ def num_flag_rows(num_rows: int) -> int:
     return -(-num_rows // UNIT_WORDS)
 
 
+def num_row_tiles(segments: Sequence[RowSegment], tile_rows: int) -> int:
+    """How many tiles ``list_row_tiles`` lists."""
+    return sum(-(-each.num_rows // tile_rows) for each in segments)
+
+
 def list_row_tiles(segments: Sequence[RowSegment], tile_rows: int) -> IntArray:
-    """``[num_tiles, 4]``: index, first row and number of rows of each tile of large segments."""
+    """``[num_tiles, 4]``: index, first row and number of rows of each tile of large segments.
+
+    Tiles without rows, all zeros, may stand behind them.
+    """
     tiles = [
         (each.index, start, min(tile_rows, each.stop - start), 0)
         for each in segments

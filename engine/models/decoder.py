@@ -84,7 +84,8 @@ class Decoder:
     """Owns a model's weights, which begin undefined: ``checkpoint_tensors`` says where they go.
 
     A step is ``embed``, ``run_layers`` over all layers at once or over one range after another,
-    then ``logits`` of the rows that are wanted. The caller gives the stream and the grad mode.
+    with the ``rotation`` of its rows, then ``logits`` of those that are wanted. The caller gives
+    the stream and the grad mode.
     """
 
     def __init__(
@@ -104,6 +105,11 @@ class Decoder:
         self._rotary_table = rotary_table(
             config.rope, config.head_dim, config.max_model_len, self._device
         )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the weights and of hidden states."""
+        return self._embedding.dtype
 
     @property
     def num_bytes(self) -> int:
@@ -128,22 +134,28 @@ class Decoder:
         """``[num_tokens, hidden]`` for ``token_ids`` ``[num_tokens]`` int64."""
         return functional.embedding(token_ids, self._embedding)
 
+    def rotation(self, positions: Tensor) -> Tensor:
+        """What ``run_layers`` turns rows by that stand at ``positions`` ``[num_tokens]``, integers.
+
+        ``[num_tokens, 2, head_dim / 2]`` fp32, see ``engine.models.rotary``.
+        """
+        return self._rotary_table[positions]
+
     def run_layers(
         self,
         layers: range,
         hidden: Tensor,
-        positions: Tensor,
+        rotation: Tensor,
         attention: AttentionStep,
         lora: LoraStep,
         between: Callable[[], None] = _nothing,
     ) -> Tensor:
         """``hidden`` ``[num_tokens, hidden]`` behind the last of ``layers``, computed in place.
 
-        ``positions`` is ``[num_tokens]``, integers. ``between`` is called when a layer has been
-        given to the device.
+        ``rotation`` is that of its rows. ``between`` is called when a layer has been given to the
+        device.
         """
         ops = self._ops
-        rotation = self._rotary_table[positions]
         down = None
         for index in layers:
             layer = self._layers[index]

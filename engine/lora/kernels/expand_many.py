@@ -105,7 +105,7 @@ def _expand_many_kernel(
     module = (block >= end_0).to(tl.int32) + (block >= end_1).to(tl.int32)
     record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module + module
     num_ranks = tl.load(ranks_ptr + record * 16 + 6)
-    if num_ranks == 0:
+    if (num_ranks == 0) | (num_rows == 0):
         return
     b_offset = tl.load(offsets_ptr + record * 8 + 1)
     first_rank = tl.load(ranks_ptr + record * 16 + 5)

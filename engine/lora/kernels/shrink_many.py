@@ -51,6 +51,7 @@ def shrink_many(
     group: GroupShape,
     layer: int,
     max_rank: int,
+    num_used: int,
     num_processors: int,
     tuning: ShrinkManyTuning,
 ) -> None:
@@ -61,14 +62,15 @@ def shrink_many(
     | `x`     | `[num_rows, in]`, contiguous | the model's                                    |
     | `tiles` | `[num_tiles, 4]`             | int32, see ``list_row_tiles``; ``tile_rows`` high |
 
-    ``max_rank`` is the largest padded rank among the tiles' adapters. Sums are fp32, in an order
-    that depends on the number of tiles alone, and rounded once.
+    ``max_rank`` is the largest padded rank among the tiles' adapters. About ``num_used`` of the
+    tiles have rows: for so many the work is cut up. Sums are fp32, in an order that depends on the
+    numbers of tiles alone, and rounded once.
     """
     assert x.is_contiguous() and x.shape[1] == group.in_features, (x.shape, group)
     assert x.dtype == weights.arena.dtype == scratch.shrunk.dtype, x.dtype
     num_tiles = tiles.shape[0]
     num_ranks = max_rank * group.num_modules
-    tile_ranks, num_splits = tuning.cut(num_tiles, num_ranks, num_processors)
+    tile_ranks, num_splits = tuning.cut(num_used, num_ranks, num_processors)
     is_wide = tile_ranks > tuning.max_narrow_ranks
     tile_inputs, num_warps, num_stages = tuning.wide if is_wide else tuning.narrow
     # The stages' tiles have to fit into shared memory in fp32, too.
@@ -136,7 +138,7 @@ def _shrink_many_kernel(
     num_rows = tl.load(tiles_ptr + tile * 4 + 2)
     record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
     num_ranks = tl.load(ranks_ptr + record * 16 + 4)
-    if first_rank >= num_ranks:
+    if (first_rank >= num_ranks) | (num_rows == 0):
         return
     num_ranks = tl.multiple_of(num_ranks, 8)
     a_ptr = arena_ptr + tl.multiple_of(tl.load(offsets_ptr + record * 8), 32)

@@ -190,7 +190,7 @@ def test_a_forward_pass_gives_the_logits_of_the_reference(qk_norm: bool, on: Dev
         hidden = decoder.run_layers(
             range(config.num_layers),
             decoder.embed(tensors.token_ids),
-            tensors.positions,
+            decoder.rotation(tensors.positions),
             attention.begin(batch, tensors),
             NoAdapters(),
         )

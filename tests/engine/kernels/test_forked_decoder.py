@@ -84,7 +84,7 @@ class Steps:
         return self._decoder.run_layers(
             range(CONFIG.num_layers),
             self._decoder.embed(self._tensors.token_ids),
-            self._tensors.positions,
+            self._decoder.rotation(self._tensors.positions),
             self._attention.begin_decode(self._tensors, max_context=40),
             self._lora,
         )

@@ -136,6 +136,36 @@ def test_a_graph_step_computes_what_it_was_last_filled_with(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tiled_step_computes_what_it_was_last_filled_with(
+    rigs: dict[DType, LoraRig], dtype: DType
+) -> None:
+    rig = rig_of(rigs, dtype)
+    longest = rig.tuning.shrink_many.tile_rows + 9
+    tiled = rig.lora().tiled_steps(longest)
+    # The lowest rank that launches are for, one between two, the highest; then nobody.
+    for number_of_most, expected_rank in ((4, 16), (7, 64), (10, 256), (None, 16)):
+        segments = segments_of([None, 3, number_of_most], [2, 5, longest - 7])
+        if number_of_most is None:
+            segments = ()
+        assert tiled.fits(segments, longest)
+        rank = tiled.fill(segments, longest)
+        assert rank == expected_rank
+        rig.add_and_check(tiled.step(longest, rank), segments, 1, 0, longest)
+
+
+def test_a_tiled_step_has_tiles_for_some_segments_only(rigs: dict[DType, LoraRig]) -> None:
+    rig = rig_of(rigs, DType.FLOAT32)
+    tiled = rig.lora().tiled_steps(10)
+    assert tiled.fits(segments_of(range(1, 6), [1] * 5), 5)
+    assert not tiled.fits(segments_of(range(1, 7), [1] * 6), 6)
+    # Fewer rows, fewer tiles: a whole one ends where the next begins.
+    tile_rows = rig.tuning.shrink_many.tile_rows
+    longer = rig.lora().tiled_steps(2 * tile_rows)
+    assert longer.fits(segments_of(range(1, 6), [tile_rows] + [1] * 4), tile_rows + 4)
+    assert not longer.fits(segments_of(range(1, 7), [tile_rows] + [1] * 5), tile_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_delta_apart_gives_what_is_given_in_place(
     rigs: dict[DType, LoraRig], dtype: DType, rng: random.Random
 ) -> None:
