@@ -79,7 +79,7 @@ class Engine:
             kv_tokens=num_blocks * config.block_size,
         )
         cohorts = None
-        if config.adapter_cohorts:
+        if config.adapter_cohorts and config.adapter_loading is not AdapterLoading.BLOCKING:
             cohorts = Cohorts(StepCosts(), config.max_num_batched_tokens, config.max_num_seqs)
         rotation = None
         if config.adapter_rotation:

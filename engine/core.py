@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Protocol, assert_never
+from typing import NamedTuple, Protocol, assert_never
 
 from engine.action_dispatch import ActionDispatch, Slots
 from engine.block_manager import BlockManager
@@ -78,6 +78,15 @@ class Runner(Protocol):
         ...
 
 
+class _InFlight(NamedTuple):
+    """Launched from ``launched_s`` to ``given_s``, in the host's time."""
+
+    plan: StepPlan
+    step: LaunchedStep
+    launched_s: float
+    given_s: float
+
+
 class EngineCore:
     """Owns all policy state; other threads ask by command.
 
@@ -107,7 +116,7 @@ class EngineCore:
         self._runner = runner
         self._overlap_steps = overlap_steps
         # In the order of their launches.
-        self._in_flight: deque[tuple[StepPlan, LaunchedStep, float]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         # When the device was done with the last step that is complete.
         self._ended_s = 0.0
         self._pacer = StepPacer()
@@ -156,7 +165,8 @@ class EngineCore:
         if not plan.is_empty:
             launched_s = time.monotonic()
             step = self._runner.launch(plan, partial(self._complete_meanwhile, plan))
-            self._in_flight.append((plan, step, launched_s))
+            given_s = time.monotonic()
+            self._in_flight.append(_InFlight(plan, step, launched_s, given_s))
             self._scheduler.launched(plan)
             self._pacer.launch_took(plan, time.monotonic() - begin_s)
         busy = bool(self._in_flight)
@@ -168,8 +178,7 @@ class EngineCore:
     def _complete_steps(self, num_left: int) -> None:
         """Waits for the oldest steps, until ``num_left`` are in flight."""
         while len(self._in_flight) > num_left:
-            _, step, _ = self._in_flight[0]
-            self._listen_until_done(step)
+            self._listen_until_done(self._in_flight[0].step)
             self._complete_oldest()
 
     def _complete_meanwhile(self, plan: StepPlan) -> None:
@@ -177,18 +186,20 @@ class EngineCore:
 
         Only where none of their tokens can end a sequence of the plan.
         """
-        while self._in_flight and not plan.has_pending and self._in_flight[0][1].is_done():
+        while self._in_flight and not plan.has_pending and self._in_flight[0].step.is_done():
             self._complete_oldest()
             self._flush()
 
     def _complete_oldest(self) -> None:
-        plan, step, launched_s = self._in_flight.popleft()
+        plan, step, launched_s, _ = self._in_flight.popleft()
         sampled = step.wait()
         # The end itself may have been seen late: the thread was busy with the next launch.
         seconds = step.device_s()
         begin_s = max(launched_s, self._ended_s)
         self._ended_s = min(begin_s + seconds, time.monotonic())
         self._pacer.step_took(plan, seconds)
+        if self._in_flight and self._in_flight[0].plan.is_decode:
+            self._pacer.was_given(self._in_flight[0].given_s - self._ended_s)
         if plan.layer_group is None:
             # A group of layers is no measure: it does not read all weights.
             self._scheduler.step_took(plan.num_tokens, seconds)
@@ -219,7 +230,7 @@ class EngineCore:
         self._take_commands(0.0)
         if len(self._in_flight) != 1:
             return
-        plan, step, launched_s = self._in_flight[0]
+        plan, step, launched_s, _ = self._in_flight[0]
         if plan.layer_group is not None and not self._scheduler.awaits_layers:
             # What the next group has is known.
             return

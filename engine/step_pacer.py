@@ -10,6 +10,10 @@ late as it may without the device falling idle. That is known where steps repeat
 | a group of layers      | for each layer what the last group did whose chunk was about as long    |
 
 Every other step is followed by the next at once.
+
+Where a launch came too late after all, because other threads kept the host busy, the next ones
+come earlier by as much, and only slowly later again: one step in a hundred that the device had to
+wait for is what everybody's slowest tokens are made of.
 """
 
 from collections import deque
@@ -23,6 +27,9 @@ _NUM_RECENT = 4
 _LEAST_RECENT = 2
 # Of a launch that took long, what the next ones are still expected to take.
 _FADING = 0.95
+# By how much launches are brought forward at most, and what is left of it a step later.
+_MOST_LEAD_S = 0.002
+_LEAD_FADING = 0.999
 # Of what another step took, which was not quite the same, the part that is sure.
 _SURE = 0.85
 
@@ -42,6 +49,7 @@ class StepPacer:
         # Of a layer, by the bit length of its chunk's tokens.
         self._layer_s: dict[int, float] = {}
         self._launch_s = 0.0
+        self._lead_s = 0.0
 
     def launch_took(self, plan: StepPlan, seconds: float) -> None:
         """From the turn's begin until the step was with the device.
@@ -66,13 +74,25 @@ class StepPacer:
             self._recent_s.append(seconds)
             self._decode_s = seconds
 
+    def was_given(self, late_s: float) -> None:
+        """The device had a decode's launch so long behind the end of the step before; or ahead.
+
+        Only of those that were to be in time counts.
+        """
+        if late_s > 0:
+            self._lead_s = min(_MOST_LEAD_S, self._lead_s + late_s)
+        else:
+            self._lead_s *= _LEAD_FADING
+
     def next_launch_s(self, plan: StepPlan, began_s: float) -> float | None:
         """When to launch what follows ``plan``, which the device began at ``began_s``.
 
         None: nobody knows when it will be done, so at once.
         """
         takes_s = self._expected_s(plan)
-        return None if takes_s is None else began_s + takes_s - self._launch_s - _MARGIN_S
+        if takes_s is None:
+            return None
+        return began_s + takes_s - self._launch_s - _MARGIN_S - self._lead_s
 
     def _expected_s(self, plan: StepPlan) -> float | None:
         """The least that the step is sure to take."""

@@ -6,7 +6,7 @@ import pytest
 from engine.config import EngineConfig, MiB
 from engine.memory_plan import (
     CPU_KV_CACHE_BYTES,
-    GRAPHS_BYTES,
+    GRAPHS_BYTES_PER_LAYER,
     LOADER_CONTEXT_BYTES,
     DeviceMemory,
     activation_bytes,
@@ -92,9 +92,11 @@ def test_the_reserve_names_ring_loader_graphs_and_activations() -> None:
     activations = activation_bytes(
         MODEL, DType.BFLOAT16, config.max_num_batched_tokens, config.max_num_seqs
     )
-    assert reserve_bytes(config, MODEL, DType.BFLOAT16) == (
-        16 * MiB + LOADER_CONTEXT_BYTES + GRAPHS_BYTES + activations
-    )
+    graphs = MODEL.num_layers * GRAPHS_BYTES_PER_LAYER
+    expected = 16 * MiB + LOADER_CONTEXT_BYTES + graphs + activations
+    assert reserve_bytes(config, MODEL, DType.BFLOAT16) == expected
+    eager = msgspec.structs.replace(config, cuda_graphs=False)
+    assert reserve_bytes(eager, MODEL, DType.BFLOAT16) == expected - graphs
 
 
 def test_activations_grow_with_the_step_or_with_the_rows_that_sample() -> None:

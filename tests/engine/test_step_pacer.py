@@ -50,6 +50,33 @@ def test_the_next_launch_ends_just_before_the_step_does() -> None:
     assert 5.0 + 0.010 - 0.002 - 0.001 < due_s < 5.0 + 0.010 - 0.002
 
 
+def test_launches_that_came_too_late_bring_the_next_ones_forward_for_long() -> None:
+    pacer = StepPacer()
+    for _ in range(4):
+        pacer.step_took(decode(1), 0.010)
+    due_s = pacer.next_launch_s(decode(1), 5.0)
+    assert due_s is not None
+
+    def forward_s() -> float:
+        at_s = pacer.next_launch_s(decode(1), 5.0)
+        assert at_s is not None
+        return due_s - at_s
+
+    pacer.was_given(-0.003)
+    assert forward_s() == 0.0
+    pacer.was_given(0.0007)
+    assert forward_s() == pytest.approx(0.0007)
+    for _ in range(100):
+        pacer.was_given(-0.0001)
+    assert 0.0005 < forward_s() < 0.0007
+    for _ in range(5000):
+        pacer.was_given(-0.0001)
+    assert forward_s() < 0.0001
+    # A host that stood still for a second says nothing about the next launch.
+    pacer.was_given(1.0)
+    assert forward_s() <= 0.002
+
+
 @pytest.mark.parametrize("plan", [decode(None, 2), decode(None), decode(1, None)])
 def test_of_other_sequences_decodes_a_part_is_sure(plan: StepPlan) -> None:
     pacer = StepPacer()

@@ -86,7 +86,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--adapter-loading", "blocking", AdapterLoading.BLOCKING),
     ("--max-adapter-wait", "0.5", 0.5),
     ("--adapter-load-timeout", "11", 11.0),
-    ("--adapter-cohorts", "", True),
+    ("--no-adapter-cohorts", "", False),
     ("--no-adapter-rotation", "", False),
     ("--staging-chunks", "2", 2),
     ("--staging-chunk-size", "64KiB", 64 << 10),

@@ -65,12 +65,13 @@ ADAPTERS: tuple[Option, ...] = (
         "A load that takes longer fails, and its requests with it.",
     ),
     Option(
-        "--adapter-cohorts",
+        "--no-adapter-cohorts",
         EngineConfig,
         "adapter_cohorts",
         None,
         "",
-        "Hold a prefill back for adapters about to arrive, where that makes all waits shorter.",
+        "Begin every prefill as soon as it can. Otherwise it is held back for adapters about to"
+        " arrive, where one step for all makes the waits shorter.",
     ),
     Option(
         "--no-adapter-rotation",

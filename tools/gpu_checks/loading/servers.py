@@ -225,8 +225,8 @@ def _cohort_servers(setting: Setting, folders: AdapterFolders) -> list[ServerPla
     )
     blocking = ("--adapter-loading", AdapterLoading.BLOCKING.value)
     return [
-        server,
-        replace(server, name=COHORTS, options=("--adapter-cohorts",)),
+        replace(server, options=("--no-adapter-cohorts",)),
+        replace(server, name=COHORTS),
         replace(server, name=COHORTS_BLOCKING, options=blocking),
     ]
 
