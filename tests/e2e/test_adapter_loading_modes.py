@@ -3,6 +3,7 @@
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -92,6 +93,36 @@ def test_answers_are_right_however_adapters_are_loaded(mode: str, tiny_model: Ti
         assert (num_jobs > 0) == (mode == "layerwise")
         assert (server.metric("sidestream:layer_groups_total") > num_jobs) == (num_jobs > 0)
     assert answers == [answer for _, _, answer in asked]
+
+
+def test_in_half_precision_every_mode_gives_nearly_the_same_logprobs(
+    tiny_model: TinyModel,
+) -> None:
+    voices = (None, *tiny_model.adapters)
+    asked = [(voice, tiny_model.prompts[number]) for number in range(4) for voice in voices]
+
+    def logprobs(server: Server, voice: str | None, prompt: str) -> list[float]:
+        fields = {"max_tokens": 8, "temperature": 0, "logprobs": 1}
+        told = server.complete(voice or "tiny", prompt, **fields).json()["choices"][0]["logprobs"]
+        found: list[float] = told["token_logprobs"]
+        return found
+
+    given = {}
+    for mode in ("blocking", "overlap", "layerwise"):
+        arguments = [*modes_arguments(tiny_model, mode), "--dtype", "bfloat16"]
+        with (
+            serving(*arguments, inject_read_delay_s=0.01) as server,
+            ThreadPoolExecutor(len(voices)) as pool,
+        ):
+            given[mode] = list(pool.map(partial(logprobs, server), *zip(*asked, strict=True)))
+            assert server.metric("sidestream:adapter_evictions_total") > 0
+    for mode in ("overlap", "layerwise"):
+        for one, other, (voice, prompt) in zip(given["blocking"], given[mode], asked, strict=True):
+            # Batches differ, and so do roundings.
+            assert other == pytest.approx(one, abs=0.05), (mode, voice, prompt)
+    # The first token tells voices apart, or nothing would show whose adapter was applied.
+    of_first_prompt = [each[0] for each in given["layerwise"][: len(voices)]]
+    assert len({round(each, 3) for each in of_first_prompt}) > 1
 
 
 def in_mid_job(server: Server) -> None:
