@@ -12,6 +12,7 @@ from tools.gpu_checks.arithmetic import merged_length
 
 # Between the nodes of a graph the device idles for a microsecond or two, and waits for nobody.
 _GRAPH_GAP_US = 5.0
+_PRODUCTS_AT_ONCE = 20
 
 
 def machine_name(device: torch.device) -> str:
@@ -54,6 +55,23 @@ def matmul_rate(device: torch.device, size: int) -> float:
     out = torch.empty_like(left)
     seconds = median_seconds(device, lambda: torch.mm(left, right, out=out), 20)
     return 2 * size**3 / seconds
+
+
+def sustained_matmul_rate(device: torch.device, size: int, seconds: float) -> float:
+    """As ``matmul_rate``, one product behind the other for ``seconds``.
+
+    A GPU draws its full power then, and lowers its clocks.
+    """
+    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    out = torch.empty_like(left)
+    num_products, begin_s = 0, time.perf_counter()
+    while (passed_s := time.perf_counter() - begin_s) < seconds:
+        for _ in range(_PRODUCTS_AT_ONCE):
+            torch.mm(left, right, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        num_products += _PRODUCTS_AT_ONCE
+    return 2 * size**3 * num_products / passed_s
 
 
 def captured(device: torch.device, work: Callable[[], object]) -> Callable[[], object]:
