@@ -2,9 +2,11 @@
 
 The step is Llama-3.1-8B's, bf16, random weights, as the engine captures it: each way of launching
 the adapters' kernels (``VARIANTS``) has graphs of its own over one model, one cache and one pool.
-For each mixture of adapters: the base step, the step, and their difference over the time in which a
-copy's bandwidth reads the adapters, raw and less that of as many empty kernels. Steps of base rows
-and of adapters take turns, and medians are compared, so that clocks do not decide.
+Beside them stand graphs whose launches only read what those read, in as many launches or in one for
+each projection: what the added time can not fall below. That they have read all of it is checked.
+For each mixture of adapters steps of base rows, of adapters and of reads take turns, and medians
+are compared, so that clocks do not decide. ``tools.adapter_reads.figures`` says what the table
+holds.
 
 ``off`` is how far the logits of the first variant are from a variant's, over their deviation: the
 two round in different places, and nothing else may differ.
@@ -15,8 +17,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +27,17 @@ from torch import Tensor
 
 from engine.batch import FlatBatch
 from engine.cuda_attention import open_cuda_attention
-from engine.decode_graphs import DecodeGraphs
+from engine.decode_graphs import DecodeGraphs, StaticLora
 from engine.graph_capture import GraphCapture
+from engine.kernels.whole_numbers import cdiv
 from engine.kv_cache import KvCache
 from engine.lora.launches import LoraTuning
 from engine.lora.segments import Segment
 from engine.models.config import read_model_config
 from engine.models.dummy import make_dummy_model
 from ipc.base_model import LINEAR_GROUPS, DType
-from ipc.messages import AdapterId
+from tools.adapter_reads.figures import Floor, Row, StepTimes, line, make_row, table
+from tools.adapter_reads.lora import ReadLora
 from tools.bench_lora_kernels import CASES, NUM_LAYERS, POOL_BYTES, Case
 from tools.lora_bench import Bench, segments_of
 from tools.shapes import write_model
@@ -53,45 +57,14 @@ def with_programs(tuning: LoraTuning, per_processor: int) -> LoraTuning:
     )
 
 
-IN_PLACE, FORKED = LoraTuning(forks=False), LoraTuning(forks=True)
-URGENT = replace(FORKED, side_priority=-1)
-# Those last whose graphs have edges that no other has: a driver that refuses them ends the run.
+FORKED = LoraTuning()
 VARIANTS = {
-    "in place": IN_PLACE,
     "forked": FORKED,
-    "forked, urgent": URGENT,
-    "forked, product first": replace(FORKED, product_first=True),
+    "in place": replace(FORKED, forks=False),
     "forked, 3 programs": with_programs(FORKED, 3),
     "forked, 2 programs": with_programs(FORKED, 2),
     "forked, 1 program": with_programs(FORKED, 1),
-    "forked, urgent, 2 programs": with_programs(URGENT, 2),
-    "forked, urgent, product first": replace(URGENT, product_first=True),
-    "forked, joins overlap": replace(FORKED, joins_overlap=True),
-    "forked, urgent, 2 programs, joins overlap": replace(
-        with_programs(URGENT, 2), joins_overlap=True
-    ),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One variant on one mixture: milliseconds, and ratios to ``bound_ms``."""
-
-    variant: str
-    case: str
-    bound_ms: float
-    base_ms: float
-    step_ms: float
-    raw_ratio: float
-    net_ratio: float
-    off: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.case:30} {self.variant:44} base {self.base_ms:7.3f}  step {self.step_ms:7.3f}"
-            f"  added {self.step_ms - self.base_ms:6.3f}  bound {self.bound_ms:6.3f} ms"
-            f"  raw {self.raw_ratio:5.2f}  net {self.net_ratio:5.2f}  off {self.off:.1e}"
-        )
 
 
 def main() -> None:
@@ -100,56 +73,66 @@ def main() -> None:
     parser.add_argument(
         "--variants",
         type=lambda names: names.split(";"),
-        default=list(VARIANTS),
-        help=f"which of these, the first to compare with, parted by ';': {'; '.join(VARIANTS)}",
+        default=["forked"],
+        help="which of these, the first to compare with, parted by ';':"
+        f" {'; '.join(VARIANTS)} (forked)",
     )
     arguments = parser.parse_args()
     for name in arguments.variants:
         if name not in VARIANTS:
             parser.error(f"--variants: expected some of {'; '.join(VARIANTS)}, got {name!r}")
     print(torch.cuda.get_device_name())
-    rows = []
+    rows: list[Row] = []
     for row in measure({name: VARIANTS[name] for name in arguments.variants}):
         rows.append(row)
+        print(line(row), f"  off {row.off:.1e}", flush=True)
         # As JSON, too, even if a later variant ends the run.
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    print("\n".join(str(row) for row in sorted(rows, key=lambda row: row.case)))
+    print(table(rows))
 
 
 def measure(variants: dict[str, LoraTuning]) -> Iterator[Row]:
-    """The rows, variant by variant, each printed as soon as it is there."""
+    """The rows, variant by variant, each as soon as it is there."""
     model = _Model(max(case.batch for case in CASES))
     bench = model.bench
     bandwidth = bench.bandwidth()
-    nodes_ms = bench.empty_ms(2 * len(LINEAR_GROUPS) * NUM_LAYERS)
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s; empty kernels {nodes_ms:.3f} ms")
+    num_projections = len(LINEAR_GROUPS) * NUM_LAYERS
+    two_nodes_ms, one_node_ms = (bench.empty_ms(each * num_projections) for each in (2, 1))
+    print(
+        f"copy bandwidth {bandwidth / 1e12:.2f} TB/s; empty kernels, two a projection"
+        f" {two_nodes_ms:.3f} ms, one {one_node_ms:.3f} ms"
+    )
     installed = {case: bench.install(case.num_adapters, case.rank) for case in CASES}
     expected: dict[Case, Tensor] = {}
     for name, tuning in variants.items():
         begin_s = time.monotonic()
-        graphs = model.capture(tuning)
+        loras = bench.lora(tuning), bench.read_lora(tuning, 2), bench.read_lora(tuning, 1)
+        adapters_graphs, *read_graphs = [model.capture(lora) for lora in loras]
         print(f"{name}: captured in {time.monotonic() - begin_s:.0f} s", flush=True)
         for case, (adapters, num_bytes) in installed.items():
-            bound_ms = case.num_adapters * num_bytes / bandwidth * 1e3
-            logits = model.logits(graphs, case.batch, adapters)
+            segments = segments_of(adapters, case.batch)
+            logits = model.logits(adapters_graphs, case.batch, segments)
             expected.setdefault(case, logits)
             off = (logits - expected[case]).abs().max() / expected[case].std()
-            base_ms, step_ms = model.time_ms(graphs, case.batch, adapters)
-            added_ms = step_ms - base_ms
-            row = Row(
+            for lora, graphs in zip(loras[1:], read_graphs, strict=True):
+                model.check_reads(lora, graphs, case.batch, segments, tuning.tile_few_rows)
+            base_ms, adapters_ms, two_reads_ms, one_read_ms = model.times_ms(
+                [
+                    (adapters_graphs, ()),
+                    *((graphs, segments) for graphs in (adapters_graphs, *read_graphs)),
+                ],
+                case.batch,
+            )
+            bytes_ms = case.num_adapters * num_bytes / bandwidth * 1e3
+            yield make_row(
                 name,
                 str(case),
-                bound_ms,
-                base_ms,
-                step_ms,
-                added_ms / bound_ms,
-                (added_ms - nodes_ms) / bound_ms,
                 float(off),
+                StepTimes(base_ms, adapters_ms, two_reads_ms, one_read_ms),
+                Floor(bytes_ms, two_nodes_ms, one_node_ms),
             )
-            print(row, flush=True)
-            yield row
 
 
 class _Model:
@@ -169,11 +152,11 @@ class _Model:
             memory.normal_()
         self._device.synchronize()
 
-    def capture(self, tuning: LoraTuning) -> DecodeGraphs:
+    def capture(self, lora: StaticLora) -> DecodeGraphs:
         graphs = DecodeGraphs(
             self._decoder,
             open_cuda_attention(self._cache, self._device, self._config.num_heads),
-            self.bench.lora(tuning),
+            lora,
             self._device,
             torch.zeros(self.bench.max_rows, dtype=torch.int64, device=self._device.torch_device),
             max_blocks=self._config.max_model_len // BLOCK_SIZE,
@@ -186,33 +169,57 @@ class _Model:
         self._device.synchronize()
         return graphs
 
-    def logits(self, graphs: DecodeGraphs, num_rows: int, adapters: list[AdapterId]) -> Tensor:
-        batch = self._batch(num_rows, segments_of(adapters, num_rows))
+    def logits(self, graphs: DecodeGraphs, num_rows: int, segments: tuple[Segment, ...]) -> Tensor:
+        batch = self._batch(num_rows, segments)
         with torch.inference_mode(), self._device.forward_stream():
             logits = graphs.replay(batch).float()
         self._device.synchronize()
         return logits
 
-    def time_ms(
-        self, graphs: DecodeGraphs, num_rows: int, adapters: list[AdapterId]
-    ) -> tuple[float, float]:
-        """The median of a base step, and of one with ``adapters``."""
-        batches = [
-            self._batch(num_rows, ()),
-            self._batch(num_rows, segments_of(adapters, num_rows)),
-        ]
-        times: tuple[list[float], list[float]] = [], []
+    def check_reads(
+        self,
+        lora: ReadLora,
+        graphs: DecodeGraphs,
+        num_rows: int,
+        segments: tuple[Segment, ...],
+        tile_rows: int,
+    ) -> None:
+        """One step of ``graphs`` reads every word of every adapter for each of its tiles of rows.
+
+        Raises:
+            RuntimeError: others than these, or not as often.
+        """
+        expected = sum(
+            cdiv(segment.stop - segment.start, tile_rows)
+            * int(self.bench.words(segment.adapter_id).sum(dtype=torch.int64))
+            for segment in segments
+        ) % (1 << 32)
+        batch = self._batch(num_rows, segments)
+        with torch.inference_mode(), self._device.forward_stream():
+            lora.take_checksum()
+            graphs.replay(batch)
+            checksum = lora.take_checksum()
+        if checksum != expected:
+            raise RuntimeError(
+                f"what was read of the adapters has the checksum {checksum}, expected {expected}"
+            )
+
+    def times_ms(
+        self, steps: Sequence[tuple[DecodeGraphs, tuple[Segment, ...]]], num_rows: int
+    ) -> list[float]:
+        """The median of each of the ``steps``, which take turns."""
+        batches = [(graphs, self._batch(num_rows, segments)) for graphs, segments in steps]
+        times: list[list[float]] = [[] for _ in steps]
         with torch.inference_mode(), self._device.forward_stream():
             for _ in range(NUM_ROUNDS):
-                for batch, taken in zip(batches, times, strict=True):
+                for (graphs, batch), taken in zip(batches, times, strict=True):
                     begin = self._device.record_timed_event()
                     for _ in range(STEPS_A_ROUND):
                         graphs.replay(batch)
                     end = self._device.record_timed_event()
                     end.synchronize()
                     taken.append(begin.elapsed_time(end) / STEPS_A_ROUND)
-        base, step = (statistics.median(taken) for taken in times)
-        return base, step
+        return [statistics.median(taken) for taken in times]
 
     def _batch(self, num_rows: int, segments: tuple[Segment, ...]) -> FlatBatch:
         """A new token for each of ``num_rows`` sequences, the last of ``CONTEXT``."""

@@ -17,6 +17,7 @@ from engine.lora.triton_linear import TritonLora
 from ipc.base_model import LINEAR_GROUPS, LINEAR_MODULES, BaseModel, DType, LinearShape
 from ipc.image import AdapterModule, layout_image
 from ipc.messages import AdapterId
+from tools.adapter_reads.lora import NumLaunches, ReadLora
 
 MAX_RANK = 256
 BOTH = ("shrink", "expand")
@@ -122,7 +123,8 @@ class Bench:
         self.arena.normal_(std=0.02)
         self._table = AdapterTable(self.base, 256, self.device)
         self._used_bytes = 0
-        self._num_installed = 0
+        # By adapter: where its image lies in the arena, begin and end in bytes.
+        self._places: dict[AdapterId, tuple[int, int]] = {}
         self.groups = tuple(group_columns(self.base, names) for names in LINEAR_GROUPS)
         inputs = [self.base.linear(group[0].module).in_features for group in self.groups]
         self.x = [self._activations(width) for width in inputs]
@@ -139,11 +141,12 @@ class Bench:
         layout = layout_image(self.base, modules)
         installed = []
         for _ in range(count):
-            extents = tuple(self._used_bytes + stage.offset for stage in layout.stages)
+            start = self._used_bytes
+            extents = tuple(start + stage.offset for stage in layout.stages)
             self._used_bytes += layout.num_bytes
             assert self._used_bytes <= self._pool.num_bytes, "the pool is too small"
-            adapter_id = AdapterId(self._num_installed)
-            self._num_installed += 1
+            adapter_id = AdapterId(len(self._places))
+            self._places[adapter_id] = start, self._used_bytes
             self._table.install(adapter_id, modules, layout, extents)
             installed.append(adapter_id)
         return installed, layout.num_bytes
@@ -151,6 +154,23 @@ class Bench:
     def lora(self, tuning: LoraTuning) -> TritonLora:
         return TritonLora(
             self.base, self._pool, self._table, self.device, self.max_rows, MAX_RANK, tuning
+        )
+
+    def words(self, adapter_id: AdapterId) -> Tensor:
+        """The adapter's image in the arena, int32."""
+        start, stop = self._places[adapter_id]
+        return self._pool.extent_view(start, stop - start).view(torch.int32)
+
+    def read_lora(self, tuning: LoraTuning, num_launches: NumLaunches) -> ReadLora:
+        return ReadLora(
+            self.base,
+            self._pool,
+            self._table,
+            self.device,
+            self.max_rows,
+            MAX_RANK,
+            tuning,
+            num_launches,
         )
 
     def capture(self, launches: Iterator[Callable[[], None]]) -> torch.cuda.CUDAGraph:

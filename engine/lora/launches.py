@@ -30,10 +30,8 @@ class LoraTuning:
     ``overlaps`` lets a launch read weights while the launch before it still runs (programmatic
     dependent launch, from compute capability 9.0 on).
 
-    ``forks``: graph steps launch on a stream of ``side_priority`` beside the base model's products,
-    before them or, with ``product_first``, after them, and leave the delta to the launch behind.
-    ``joins_overlap`` lets that one overlap as well. ``tools.bench_decode_adapters`` compares the
-    ways.
+    ``forks``: graph steps launch on a stream of their own beside the base model's products, and
+    leave the delta to the launch behind. ``tools.bench_decode_adapters`` compares the ways.
     """
 
     max_few_rows: int = 32
@@ -41,9 +39,6 @@ class LoraTuning:
     tile_few_rows: int = 16
     overlaps: bool = True
     forks: bool = True
-    side_priority: int = 0
-    product_first: bool = False
-    joins_overlap: bool = True
     shrink_few: ShrinkFewTuning = field(default_factory=ShrinkFewTuning)
     expand_few: ExpandFewTuning = field(default_factory=ExpandFewTuning)
     shrink_many: ShrinkManyTuning = field(default_factory=ShrinkManyTuning)

@@ -13,11 +13,10 @@ class SideStream:
     there is nothing beside the calls, which happen in their order.
     """
 
-    def __init__(self, device: torch.device, priority: int) -> None:
-        """``priority`` as for a CUDA stream: the lower number goes first."""
+    def __init__(self, device: torch.device) -> None:
         self._stream = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def fork(self) -> AbstractContextManager[object]:
         """Within it, work goes to this stream, behind all that the current one was given so far.

@@ -214,9 +214,8 @@ class Fork:
     def __init__(
         self, base: BaseModel, max_rows: int, device: torch.device, tuning: LoraTuning
     ) -> None:
-        self.stream = SideStream(device, tuning.side_priority)
-        self.product_first = tuning.product_first
-        self.joins_overlap = tuning.overlaps and tuning.joins_overlap
+        self.stream = SideStream(device)
+        self.overlaps = tuning.overlaps
         widths = (sum(base.linear(name).out_features for name in names) for names in LINEAR_GROUPS)
         self._values = torch.empty(max_rows * max(widths), device=device)
 
@@ -287,14 +286,12 @@ class GraphStep:
     ) -> Projected:
         num_rows = x.shape[0]
         values = fork.values(num_rows, group[-1].stop)
-        branch = fork.stream.fork()
-        early = product() if fork.product_first else None
-        with branch:
+        with fork.stream.fork():
             self.segments.shrink(layer, group, x, is_first_of_fork=True)
             self.segments.expand_apart(layer, group, values)
-        out = product() if early is None else early
+        out = product()
         fork.stream.join()
-        return Projected(out, Delta(values, self._has_adapter[:num_rows], fork.joins_overlap))
+        return Projected(out, Delta(values, self._has_adapter[:num_rows], fork.overlaps))
 
 
 def _row_segments(segments: tuple[Segment, ...], table: AdapterTable) -> list[RowSegment]:

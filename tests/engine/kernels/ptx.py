@@ -33,6 +33,7 @@ from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from engine.lora.kernels.shrink_few import shrink_few
 from engine.lora.launches import LoraTuning
 from engine.lora.work import UNIT_WORDS
+from tools.adapter_reads.kernel import max_programs, read_few
 
 _TARGET = GPUTarget("cuda", 90, 32)
 _NUM_ROWS = 4
@@ -134,7 +135,23 @@ def launches() -> dict[str, Callable[[], object]]:
             adds,
         )
 
+    def read(reads_a: bool, reads_b: bool) -> None:
+        read_few(
+            weights,
+            units,
+            checksums,
+            qkv_shape,
+            0,
+            _NUM_PROCESSORS,
+            tuning,
+            reads_a,
+            reads_b,
+            overlaps=True,
+            is_first_of_fork=reads_a,
+        )
+
     tuning = LoraTuning()
+    checksums = torch.zeros(max_programs(tuning, _NUM_PROCESSORS), dtype=torch.int32)
     qkv_shape = GroupShape(0, 3, 4096, (0, 4096, 5120), (4096, 1024, 1024))
     records = torch.zeros(2, 1, 7, 8, dtype=torch.int64)
     weights = Weights(tensor(64), records, records.view(torch.int32), records.view(torch.float32))
@@ -147,6 +164,9 @@ def launches() -> dict[str, Callable[[], object]]:
         "shrink_few": shrink,
         "expand_few": lambda: expand(qkv, adds=True),
         "expand_few_apart": lambda: expand(torch.zeros(qkv.shape), adds=False),
+        "read_a": lambda: read(True, False),
+        "read_b": lambda: read(False, True),
+        "read_a_and_b": lambda: read(True, True),
         "rms_norm": lambda: rms_norm(x, weight, 1e-5, overlaps=True),
         "add_rms_norm": lambda: add_rms_norm(x, x, weight, 1e-5, overlaps=True),
         "add_rms_norm_of_delta": lambda: add_rms_norm(

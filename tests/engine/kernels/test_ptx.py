@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from itertools import starmap
+from operator import mul
 from pathlib import Path
 
 import pytest
 from triton.backends.nvidia.compiler import get_ptxas
 
 from engine.kernels.causal_hopper import HEAD_DIMS
+from engine.lora.launches import LoraTuning
 from tests.engine.kernels.ptx import hasty_instructions, launches
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,9 +47,25 @@ def test_every_path_waits_before_it_writes_or_ends(name: str, folder: Path) -> N
 
 
 @pytest.mark.slow
-def test_adapters_of_several_rows_stream_through_shared_memory(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["shrink_few", "read_a", "read_a_and_b"])
+def test_adapters_of_several_rows_stream_through_shared_memory(name: str, folder: Path) -> None:
     # Without what the compiler must know of the addresses, it would wait for every load.
-    assert "cp.async.cg.shared.global" in (folder / "shrink_few.ptx").read_text()
+    assert "cp.async.cg.shared.global" in (folder / f"{name}.ptx").read_text()
+
+
+@pytest.mark.slow
+def test_what_only_reads_loads_whole_tiles_16_bytes_a_thread(folder: Path) -> None:
+    shrink, expand = LoraTuning().shrink_few, LoraTuning().expand_few
+    b_tiles = zip(2 * expand.ranks, expand.columns, strict=True)
+    # Tiles of several rows are loaded otherwise, see above.
+    loads_of = {
+        "read_a": shrink.row_ranks * shrink.row_inputs,
+        "read_b": sum(starmap(mul, b_tiles)),
+    }
+    for name, num_values in loads_of.items():
+        num_threads = 32 * shrink.num_warps
+        ptx = (folder / f"{name}.ptx").read_text()
+        assert ptx.count("ld.global.v4.b32") * num_threads * 16 == num_values * 2, name
 
 
 @pytest.mark.slow
