@@ -97,6 +97,7 @@ def test_a_projection_reads_its_as_and_bs_and_no_word_else(
         columns = rig.groups[group]
         names = tuple(each.module for each in columns)
         x, before = rig.inputs(columns, MAX_ROWS)
+        rig.device.synchronize()
         with rig.device.forward_stream():
             projected = step.project(layer, columns, x, before.clone)
             checksum = lora.take_checksum()
@@ -112,6 +113,7 @@ def test_the_halves_of_a_projection_read_one_side_each(rigs: dict[DType, LoraRig
     segments = segments_of([9, 10, 3], [1, 20, 2])
     step.fill(segments)
     x, out = rig.inputs(rig.groups[0], MAX_ROWS)
+    rig.device.synchronize()
     names = tuple(each.module for each in rig.groups[0])
     launch_half: dict[bool, Callable[[], None]] = {
         False: lambda: step.segments.shrink(0, rig.groups[0], x),
@@ -187,6 +189,7 @@ def test_a_list_without_room_is_read_to_its_end_and_its_checksum_taken_once(
     segments = segments_of([10], [1])
     step.fill(segments)
     x, before = rig.inputs(rig.groups[1], 1)
+    rig.device.synchronize()
     with rig.device.forward_stream():
         step.project(0, rig.groups[1], x, before.clone)
         checksums = [lora.take_checksum() for _ in range(2)]
