@@ -111,6 +111,7 @@ def shrink_few(
         group.num_modules,
         max_rows,
         min(num_programs, round(tuning.rows_fill * num_processors)),
+        units.shape[0] - 2,
         IN_FEATURES=group.in_features,
         COLUMNS=scratch.columns,
         ROW_RANKS=tuning.row_ranks,
@@ -137,6 +138,7 @@ def shrink_few(
         "num_modules",
         "max_rows",
         "num_filled",
+        "last_unit",
     ]
 )
 def _shrink_few_kernel(
@@ -155,6 +157,7 @@ def _shrink_few_kernel(
     num_modules,
     max_rows,
     num_filled,
+    last_unit,
     IN_FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW_RANKS: tl.constexpr,
@@ -175,8 +178,10 @@ def _shrink_few_kernel(
     num_programs = tl.num_programs(0)
 
     item = program
-    # The first unit is read before it is known that there are so many: the list has room for it.
-    unit_ptr = units_ptr + (1 + item // ROW_SPLITS // num_modules) * _UNIT_WORDS + _ROW_WORD
+    # The first unit is read before it is known that there are so many. Where units of several rows
+    # are split more often than those of one, there are programs beyond the list's end.
+    first_unit = tl.minimum(item // ROW_SPLITS // num_modules, last_unit)
+    unit_ptr = units_ptr + (1 + first_unit) * _UNIT_WORDS + _ROW_WORD
     index = tl.load(unit_ptr)
     row = tl.load(unit_ptr + 1)
     scratch_row = tl.load(unit_ptr + 3)

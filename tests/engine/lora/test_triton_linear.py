@@ -135,6 +135,20 @@ def test_a_graph_step_computes_what_it_was_last_filled_with(
         rig.add_and_check(step, segments, 1, 0, 40)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 8])
+def test_a_short_list_of_work_is_not_read_beyond_its_end(
+    num_rows: int, rigs: dict[DType, LoraRig]
+) -> None:
+    # What lies there is of no effect: only a tool that watches memory sees it read.
+    rig = rig_of(rigs, DType.FLOAT32)
+    step = rig.lora().graph_step(num_rows)
+    for numbers in ([10] * num_rows, [1 + row for row in range(num_rows)]):
+        segments = segments_of(numbers, [1] * num_rows)
+        step.fill(segments)
+        for group in range(4):
+            rig.add_and_check(step, segments, 0, group, num_rows)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tiled_step_computes_what_it_was_last_filled_with(
     rigs: dict[DType, LoraRig], dtype: DType
