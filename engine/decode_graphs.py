@@ -5,12 +5,12 @@ two steps (tokens, positions, pages, adapters) is data in it, so that a replay i
 launch. A batch is filled up to the next captured size with rows that have no context, store
 nothing and belong to no adapter.
 
-Each size is captured twice: with adapters and without, because hundreds of launches that find
-nothing to do are still launches.
+Each size is captured in every ``GraphVariant``: without adapters, because hundreds of launches that
+find nothing to do are still launches, and with them in both places where their part is computed.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from engine.attention import AttentionStep
 from engine.batch import DeviceBatch, FlatBatch
 from engine.device import CudaDevice
-from engine.graph_capture import GraphCapture
+from engine.graph_capture import Capture, Replay
+from engine.lora.graph_variant import GraphVariant
 from engine.lora.linear import LoraStep, NoAdapters
 from engine.lora.segments import Segment
 from engine.models.decoder import Decoder
@@ -42,8 +43,17 @@ class StaticAttention(Protocol):
 class StaticLoraStep(LoraStep, Protocol):
     """A step whose launches depend on a number of rows alone."""
 
-    def fill(self, segments: tuple[Segment, ...]) -> None:
-        """Says, in order on the forward stream, whose rows launches from now on compute."""
+    @property
+    def in_place(self) -> LoraStep:
+        """Launches for the same rows that change each product in place, whatever the adapters."""
+        ...
+
+    def fill(self, segments: tuple[Segment, ...]) -> GraphVariant:
+        """Says, in order on the forward stream, whose rows launches from now on compute.
+
+        Returns which launches can.
+        """
+        ...
 
 
 class StaticLora(Protocol):
@@ -64,7 +74,7 @@ def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
 class _Graph:
     """``logits`` is ``[num_rows, vocab]``, overwritten by the next replay of any graph."""
 
-    replay: Callable[[], None]
+    replay: Replay
     logits: Tensor
 
 
@@ -143,9 +153,9 @@ class DecodeGraphs:
         self._sizes = sorted(self._inputs)
         largest = self._inputs[self._sizes[-1]].num_values
         self._packed = torch.zeros(largest, dtype=torch.int32, device=device.torch_device)
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, GraphVariant], _Graph] = {}
 
-    def capture(self, capture: GraphCapture) -> None:
+    def capture(self, capture: Capture) -> None:
         """Captures every size, within ``inference_mode`` and the forward stream."""
         # The largest first: the smaller ones then live in its memory.
         for size in reversed(self._sizes):
@@ -153,8 +163,8 @@ class DecodeGraphs:
             views = self._inputs[size].views(self._packed)
             views["slots"].fill_(-1)
             views["pending"].fill_(-1)
-            for with_adapters in (True, False):
-                self._graphs[size, with_adapters] = self._capture(size, with_adapters, capture)
+            for variant in GraphVariant:
+                self._graphs[size, variant] = self._capture(size, variant, capture)
         logger.info("captured decode graphs for batches of %s", self._sizes)
 
     def fits(self, batch: FlatBatch) -> bool:
@@ -173,22 +183,22 @@ class DecodeGraphs:
         size = next(size for size in self._sizes if size >= num_rows)
         values, rows = self._inputs[size].pack(batch)
         self._device.upload_into(values, self._packed, rows)
-        with_adapters = bool(batch.segments)
-        if with_adapters:
-            self._lora_steps[size].fill(batch.segments)
-        captured = self._graphs[size, with_adapters]
+        variant = GraphVariant.BASE
+        if batch.segments:
+            variant = self._lora_steps[size].fill(batch.segments)
+        captured = self._graphs[size, variant]
         captured.replay()
         return captured.logits[:num_rows]
 
-    def _capture(self, size: int, with_adapters: bool, capture: GraphCapture) -> _Graph:
+    def _capture(self, size: int, variant: GraphVariant, capture: Capture) -> _Graph:
         # Compiles kernels and sets up libraries, neither of which a capture permits.
-        self._compute(size, with_adapters)
+        self._compute(size, variant)
         self._device.synchronize()
         logits: list[Tensor] = []
-        replay = capture(lambda: logits.append(self._compute(size, with_adapters)))
+        replay = capture(lambda: logits.append(self._compute(size, variant)))
         return _Graph(replay, *logits)
 
-    def _compute(self, size: int, with_adapters: bool) -> Tensor:
+    def _compute(self, size: int, variant: GraphVariant) -> Tensor:
         inputs = self._inputs[size]
         views, tables = inputs.views(self._packed), inputs.tables(self._packed)
         pending = views["pending"]
@@ -203,12 +213,20 @@ class DecodeGraphs:
             context_lens=views["context_lens"],
             sample_rows=views["sample_rows"],
         )
-        lora: LoraStep = self._lora_steps[size] if with_adapters else NoAdapters()
         hidden = self._decoder.run_layers(
             range(self._decoder.config.num_layers),
             self._decoder.embed(token_ids),
             self._decoder.rotation(tensors.positions),
             self._attention.begin_decode(tensors, self._max_context),
-            lora,
+            self._lora(size, variant),
         )
         return self._decoder.logits(hidden[tensors.sample_rows])
+
+    def _lora(self, size: int, variant: GraphVariant) -> LoraStep:
+        match variant:
+            case GraphVariant.BASE:
+                return NoAdapters()
+            case GraphVariant.BESIDE:
+                return self._lora_steps[size]
+            case GraphVariant.IN_PLACE:
+                return self._lora_steps[size].in_place

@@ -4,6 +4,10 @@ from collections.abc import Callable
 
 import torch
 
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], object]], Replay]
+"""Makes of what is launched by a call what launches it again, on the same memory."""
+
 
 class GraphCapture:
     """Owns the memory in which captured launches keep what they compute.
@@ -14,7 +18,7 @@ class GraphCapture:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, launches: Callable[[], object]) -> Callable[[], None]:
+    def __call__(self, launches: Callable[[], object]) -> Replay:
         """What ``launches`` gives to the current stream, as a graph to be launched again and again.
 
         Nothing in it may need compiling, and nothing else may use the device meanwhile.

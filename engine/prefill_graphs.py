@@ -25,16 +25,13 @@ from torch import Tensor
 from engine.attention import AttentionStep
 from engine.batch import FlatBatch
 from engine.device import Device
+from engine.graph_capture import Capture, Replay
 from engine.kernels.packed_sequences import PackedSequences
 from engine.lora.linear import LoraStep, NoAdapters
 from engine.lora.segments import Segment
 from engine.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
-
-Replay = Callable[[], None]
-Capture = Callable[[Callable[[], object]], Replay]
-"""Makes of what is launched by a call what launches it again, on the same memory."""
 
 _MAX_TOKENS = 2048
 MAX_SEQUENCES = 16

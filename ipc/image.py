@@ -17,6 +17,12 @@ followed by the B's, so that a fused projection reads one run. ``row_scale``, ``
 | `bias`      | `[out]`                   | the model's   |
 | `whole`     | `[out, in]`               | the model's   |
 
+A module's output is ``g ⊙ (y + s · (x Aᵀ) Bᵀ) + bias``: ``y`` is what the base model's linear
+computes, its own bias ``b`` included; ``g`` is ``row_scale``, 1 where there is none, and ``bias``
+is 0 likewise. DoRA scales the product without ``b``, so beside a ``row_scale`` the ``bias`` entry
+of a linear that has one holds ``b ⊙ (1 − g)``, plus what the adapter adds. Both kinds stand beside
+a pair of their module, never alone.
+
 All are row-major. A rank is padded with zeros to a multiple of ``RANK_ALIGNMENT`` and every entry
 starts at a multiple of ``ENTRY_ALIGNMENT`` bytes from its stage, as each stage does from the image.
 """

@@ -61,6 +61,7 @@ FORKED = LoraTuning()
 VARIANTS = {
     "forked": FORKED,
     "in place": replace(FORKED, forks=False),
+    "forked, tiles of 32 rows": replace(FORKED, tile_few_rows=32),
     "forked, 3 programs": with_programs(FORKED, 3),
     "forked, 2 programs": with_programs(FORKED, 2),
     "forked, 1 program": with_programs(FORKED, 1),

@@ -12,7 +12,7 @@ class Delta:
 
     | tensor        | shape, contiguous      | dtype | holds                                       |
     |---------------|------------------------|-------|---------------------------------------------|
-    | `values`      | `[num_rows, out]`      | fp32  | the deltas of rows that have an adapter     |
+    | `values`      | `[num_rows, out]`      | fp32  | deltas and biases of rows with an adapter   |
     | `has_adapter` | `[num_rows]`           | int32 | 0: the row has none, and its values are any |
 
     A row without an adapter keeps ``out`` as it is: nobody writes its values, which may be another

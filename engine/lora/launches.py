@@ -131,9 +131,9 @@ class LoraLaunches:
         max_rows: int,
         adds: bool,
     ) -> None:
-        """Adds the deltas of what ``shrink_few`` was last launched for to ``out``, or puts them.
+        """Changes ``out`` as the adapters do that ``shrink_few`` was last launched for.
 
-        Where it does not add, ``out`` is fp32.
+        Unless it ``adds``, ``out`` is fp32 and gets what they would add; none has row scales.
         """
         shape = self._shape(group)
         expand_few(
@@ -181,7 +181,7 @@ class LoraLaunches:
     def expand_many(
         self, layer: int, group: ModuleGroup, out: Tensor, tiles: Tensor, max_rank: int
     ) -> None:
-        """Adds the deltas of what ``shrink_many`` was last launched for to ``out``."""
+        """Changes ``out`` as the adapters do that ``shrink_many`` was last launched for."""
         expand_many(
             out,
             self._weights,
@@ -243,11 +243,14 @@ class SmallSegments:
         self._launches.shrink_few(layer, group, x, self._units, self._max_rows, is_first_of_fork)
 
     def expand(self, layer: int, group: ModuleGroup, out: Tensor) -> None:
-        """Adds what comes of the ``shrink`` that was launched last to ``out``."""
+        """Changes ``out`` by what comes of the ``shrink`` that was launched last."""
         self._launches.expand_few(layer, group, out, self._units, self._max_rows, adds=True)
 
     def expand_apart(self, layer: int, group: ModuleGroup, values: Tensor) -> None:
-        """Puts it into ``values`` ``[num_rows, out]`` fp32, in every column of these segments."""
+        """Puts what they add into ``values`` ``[num_rows, out]`` fp32, in every column of theirs.
+
+        No adapter of these segments has row scales.
+        """
         self._launches.expand_few(layer, group, values, self._units, self._max_rows, adds=False)
 
 
@@ -267,5 +270,5 @@ class LargeSegments:
         self._launches.shrink_many(layer, group, x, self._tiles, self._max_rank, self._num_used)
 
     def expand(self, layer: int, group: ModuleGroup, out: Tensor) -> None:
-        """Adds what comes of the ``shrink`` that was launched last to ``out``."""
+        """Changes ``out`` by what comes of the ``shrink`` that was launched last."""
         self._launches.expand_many(layer, group, out, self._tiles, self._max_rank)

@@ -1,4 +1,6 @@
-"""The adapters' part of a linear layer: ``y += s · (x Aᵀ) Bᵀ`` for each row's own adapter.
+"""The adapters' part of a linear layer: ``y = g ⊙ (y + s · (x Aᵀ) Bᵀ) + bias``, row by row.
+
+``g`` is 1 and ``bias`` 0 where the row's own adapter has none.
 
 This is the reference path: plain torch, on any device, and what faster kernels are compared with.
 """
@@ -7,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.lora.delta import Projected
@@ -92,14 +95,19 @@ class _ReferenceStep:
             for columns in group:
                 weights = self._pool.weights(segment.adapter_id, layer, columns.module)
                 if weights is not None:
-                    add_lora(out[rows, columns.start : columns.stop], x[rows], weights)
+                    apply_lora(out[rows, columns.start : columns.stop], x[rows], weights)
         return Projected(out)
 
 
-def add_lora(out: Tensor, x: Tensor, weights: LoraWeights) -> None:
-    """``out += s · (x Aᵀ) Bᵀ``: the delta in fp32, rounded once, when it is added.
+def apply_lora(out: Tensor, x: Tensor, weights: LoraWeights) -> None:
+    """``out = g ⊙ (out + s · (x Aᵀ) Bᵀ) + bias``, computed in fp32 and rounded once.
 
     ``x`` is ``[rows, in]``, ``out`` ``[rows, out]`` and may be a view with any strides.
     """
     shrunk = x.float() @ weights.a.float().T
-    out.add_(shrunk @ weights.b.float().T, alpha=weights.scaling)
+    total = torch.add(out.float(), shrunk @ weights.b.float().T, alpha=weights.scaling)
+    if weights.row_scale is not None:
+        total *= weights.row_scale
+    if weights.bias is not None:
+        total += weights.bias
+    out.copy_(total)

@@ -17,14 +17,17 @@ from ipc.messages import AdapterId
 
 
 class LoraWeights(NamedTuple):
-    """One adapter's pair for one linear, as views into the arena in the model's dtype.
+    """What one adapter has for one linear, as views into the arena.
 
-    ``a`` is ``[padded_rank, in]``, ``b`` ``[out, padded_rank]``; the padding is zeros.
+    ``a`` is ``[padded_rank, in]``, ``b`` ``[out, padded_rank]``; the padding is zeros. ``bias`` is
+    ``[out]``, in the model's dtype as the pair is, ``row_scale`` ``[out]`` fp32.
     """
 
     a: Tensor
     b: Tensor
     scaling: float
+    row_scale: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class AdapterPool:
@@ -78,13 +81,17 @@ class AdapterPool:
                 continue
             assert extent % ENTRY_ALIGNMENT == 0, (stage, extent)
             check_served(self._base, stage, stage_layout)
-            pairs: dict[str, dict[EntryKind, Tensor]] = {}
+            parts: dict[str, dict[EntryKind, Tensor]] = {}
             for entry in stage_layout.entries:
-                pairs.setdefault(entry.module, {})[entry.kind] = self._view(extent, entry)
+                parts.setdefault(entry.module, {})[entry.kind] = self._view(extent, entry)
             layer = stage - self._base.layer_stage(0)
-            for module, pair in pairs.items():
+            for module, of_module in parts.items():
                 table[layer, module] = LoraWeights(
-                    pair[EntryKind.LORA_A], pair[EntryKind.LORA_B], scalings[stage, module]
+                    of_module[EntryKind.LORA_A],
+                    of_module[EntryKind.LORA_B],
+                    scalings[stage, module],
+                    of_module.get(EntryKind.ROW_SCALE),
+                    of_module.get(EntryKind.BIAS),
                 )
         self._resident[adapter_id] = table
 
@@ -93,7 +100,7 @@ class AdapterPool:
         del self._resident[adapter_id]
 
     def weights(self, adapter_id: AdapterId, layer: int, module: str) -> LoraWeights | None:
-        """The pair for one linear; None if the adapter leaves it as it is.
+        """What it has for one linear; None if the adapter leaves it as it is.
 
         An adapter that is not resident is a ``KeyError``: it must never pass for the base.
         """
@@ -101,7 +108,10 @@ class AdapterPool:
 
     def _view(self, extent: int, entry: Entry) -> Tensor:
         raw = self.extent_view(extent + entry.offset, entry.num_bytes)
-        return raw.view(self._dtype).view(entry.rows, entry.columns)
+        if entry.kind is EntryKind.ROW_SCALE:
+            return raw.view(torch.float32)
+        values = raw.view(self._dtype)
+        return values if entry.kind is EntryKind.BIAS else values.view(entry.rows, entry.columns)
 
 
 def check_served(base: BaseModel, stage: int, layout: StageLayout) -> None:
@@ -112,8 +122,22 @@ def check_served(base: BaseModel, stage: int, layout: StageLayout) -> None:
     """
     in_layer = 0 < stage < base.head_stage
     for entry in layout.entries:
-        if not in_layer or entry.kind not in (EntryKind.LORA_A, EntryKind.LORA_B):
+        match entry.kind:
+            case EntryKind.LORA_A | EntryKind.LORA_B:
+                is_served = in_layer
+            case EntryKind.ROW_SCALE | EntryKind.BIAS:
+                is_served = in_layer and _has_pair(layout, entry.module)
+            case EntryKind.WHOLE:
+                is_served = False
+        if not is_served:
             raise AdapterInvalid(
                 f"stage {stage} of the adapter: expected low-rank pairs of the decoder layers'"
-                f" linears alone, got {entry.kind.value} of {entry.module}"
+                " linears, with row scales and biases beside them, got"
+                f" {entry.kind.value} of {entry.module}"
             )
+
+
+def _has_pair(layout: StageLayout, module: str) -> bool:
+    return any(
+        entry.kind is EntryKind.LORA_B and entry.module == module for entry in layout.entries
+    )

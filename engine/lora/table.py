@@ -44,13 +44,20 @@ RECORD = np.dtype(
     }
 )
 
+# fp32, whatever the model's dtype is.
+_ROW_SCALE_BYTES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class TableEntry:
-    """What a step must know of a resident adapter; ``max_rank`` is its largest padded rank."""
+    """What a step must know of a resident adapter.
+
+    ``max_rank`` is its largest padded rank; ``scales_rows`` says whether it has any row scale.
+    """
 
     index: int
     max_rank: int
+    scales_rows: bool
 
 
 class AdapterTable:
@@ -97,7 +104,9 @@ class AdapterTable:
         records = self._describe(modules, layout, extents)
         index = self._free.popleft()
         self._device.upload_into(records, self.records[index])
-        self._entries[adapter_id] = TableEntry(index, int(records["rank"].max(initial=0)))
+        self._entries[adapter_id] = TableEntry(
+            index, int(records["rank"].max(initial=0)), bool((records["row_scale"] >= 0).any())
+        )
 
     def remove(self, adapter_id: AdapterId) -> None:
         """No later step names the adapter; steps that were launched may still read its records."""
@@ -123,9 +132,14 @@ class AdapterTable:
             if key not in described:
                 described[key] = _describe_layer(*key, self._base.dtype.num_bytes)
             records[layer] = described[key]
-        starts = np.array([extents[stage] for stage in stages]) // self._base.dtype.num_bytes
-        records["a"] += starts[:, None]
-        records["b"] += starts[:, None]
+        start_bytes = np.array([extents[stage] for stage in stages])[:, None]
+        starts = start_bytes // self._base.dtype.num_bytes
+        records["a"] += starts
+        records["b"] += starts
+        records["row_scale"] += np.where(
+            records["row_scale"] >= 0, start_bytes // _ROW_SCALE_BYTES, 0
+        )
+        records["bias"] += np.where(records["bias"] >= 0, starts, 0)
         return records
 
 
@@ -157,6 +171,10 @@ def _describe_layer(
             record["b"] = found[EntryKind.LORA_B, name].offset // itemsize
             record["first_rank"], record["rank"] = rank, a.rows
             record["scaling"] = scaling_of[name]
+            if row_scale := found.get((EntryKind.ROW_SCALE, name)):
+                record["row_scale"] = row_scale.offset // _ROW_SCALE_BYTES
+            if bias := found.get((EntryKind.BIAS, name)):
+                record["bias"] = bias.offset // itemsize
             rank += a.rows
         of_group["group_rank"] = rank
     return records

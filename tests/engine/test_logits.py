@@ -68,7 +68,7 @@ def prompt(length: int, number: int = 0) -> list[int]:
 def everybody() -> list[tuple[str | None, list[int]]]:
     """Base rows and rows of every adapter, interleaved, in lengths around the block edges."""
     names = [None, *ADAPTERS, None, "rank_3", "rank_8"]
-    lengths = [9, 1, 4, 5, 23, 8, 2, 16, 40, 7]
+    lengths = [9, 1, 4, 5, 23, 8, 2, 10, 16, 40, 7]
     return [(name, prompt(length)) for name, length in zip(names, lengths, strict=True)]
 
 

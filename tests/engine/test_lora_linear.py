@@ -26,9 +26,13 @@ def base_model(dtype: DType) -> BaseModel:
 
 
 def random_image(base: BaseModel, rank: int, names: tuple[str, ...], seed: int) -> LoraImage:
-    """Values that the dtype can hold exactly, so that the loop sees what the pool sees."""
+    """Values that the dtype can hold exactly, so that the loop sees what the pool sees.
+
+    q_proj may have a row scale, or a bias, or both; the others have neither.
+    """
     generator = torch.Generator().manual_seed(seed)
     modules, pairs = [], {}
+    row_scales, biases = {}, {}
     for stage in (1, 2):
         for name in names:
             modules.append(AdapterModule(stage, name, rank, 0.5 + rank / 16))
@@ -40,18 +44,26 @@ def random_image(base: BaseModel, rank: int, names: tuple[str, ...], seed: int) 
                 for shape in shapes
             )
             pairs[stage, name] = (a, b)
-    return make_image(base, modules, pairs)
+        if seed % 2:
+            row_scales[stage, "q_proj"] = torch.rand(WIDTH, generator=generator) + 0.5
+        if seed % 5 < 2:
+            biases[stage, "q_proj"] = torch.randint(-8, 8, (WIDTH,), generator=generator) / 4
+    return make_image(base, modules, pairs, row_scales, biases)
 
 
-def loop(image: LoraImage, layer: int, x: Tensor) -> Tensor:
-    """What one adapter adds to one row ``x`` ``[in]``: ``[96]`` fp32."""
-    added = torch.zeros(96)
+def loop(image: LoraImage, layer: int, x: Tensor, before: Tensor) -> Tensor:
+    """What one adapter makes of one row ``x`` ``[in]`` and its ``before`` ``[96]``, both fp32."""
+    out = before.clone()
     for module in image.modules:
         columns = next((each for each in QKV if each.module == module.module), None)
         if module.stage == layer + 1 and columns is not None:
-            a, b = image.pairs[module.stage, module.module]
-            added[columns.start : columns.stop] = module.scaling * (b @ (a @ x))
-    return added
+            key = (module.stage, module.module)
+            a, b = image.pairs[key]
+            own = out[columns.start : columns.stop]
+            own += module.scaling * (b @ (a @ x))
+            own *= image.row_scales.get(key, torch.ones(WIDTH))
+            own += image.biases.get(key, torch.zeros(WIDTH))
+    return out
 
 
 POPULARITY: dict[str, Callable[[int], int | None]] = {
@@ -65,7 +77,7 @@ POPULARITY: dict[str, Callable[[int], int | None]] = {
 
 @pytest.mark.parametrize("dtype", DType)
 @pytest.mark.parametrize("popularity", POPULARITY)
-def test_each_row_gets_its_own_adapters_delta_and_nothing_else(
+def test_each_row_gets_its_own_adapters_part_and_nothing_else(
     dtype: DType, popularity: str
 ) -> None:
     base = base_model(dtype)
@@ -91,7 +103,7 @@ def test_each_row_gets_its_own_adapters_delta_and_nothing_else(
             for row, adapter_id in enumerate(adapter_ids):
                 expected = before[row].float()
                 if adapter_id is not None:
-                    expected = expected + loop(images[adapter_id], layer, x[row].float())
+                    expected = loop(images[adapter_id], layer, x[row].float(), expected)
                 # Accumulated in fp32, rounded once.
                 torch.testing.assert_close(
                     out[row], expected.to(out.dtype), msg=f"row {row} of {num_rows}"

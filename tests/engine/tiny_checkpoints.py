@@ -62,6 +62,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "target_modules": ["k_proj", "o_proj", "up_proj", "down_proj"],
     },
     "rank_64_qv": {"r": 64, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
+    "rank_5_dora": {"r": 5, "lora_alpha": 5, "target_modules": ALL_LINEARS, "use_dora": True},
 }
 
 
@@ -122,4 +123,9 @@ def _with_adapters(model: torch.nn.Module) -> Any:
         adapted = get_peft_model(model, configs[first], first, autocast_adapter_dtype=False)
         for name in others:
             adapted.add_adapter(name, configs[name], autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "magnitude" in name:
+                # Untrained, they scale nothing.
+                parameter.mul_(torch.rand(parameter.shape) + 0.5)
     return adapted.eval()

@@ -6,16 +6,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.device import Device, torch_dtype
+from engine.device import Device
 from engine.lora.delta import Projected
+from engine.lora.graph_variant import GraphVariant
 from engine.lora.kernels.shapes import Weights
 from engine.lora.launches import LoraLaunches, LoraTuning, ModuleGroup
+from engine.lora.linear import LoraStep
 from engine.lora.pool import AdapterPool
 from engine.lora.segments import Segment
-from engine.lora.table import AdapterTable, views
-from engine.lora.triton_linear import Fork, GraphStep
+from engine.lora.table import AdapterTable
+from engine.lora.triton_linear import Fork, GraphStep, weights_in
 from ipc.base_model import BaseModel
-from ipc.image import ENTRY_ALIGNMENT
 from tools.adapter_reads.kernel import max_programs, read_few
 
 # How many launches a fused projection has: its A's and its B's in one each, or all in one.
@@ -40,8 +41,7 @@ class ReadLora:
         tuning: LoraTuning,
         num_launches: NumLaunches,
     ) -> None:
-        raw = pool.extent_view(0, pool.num_bytes // ENTRY_ALIGNMENT * ENTRY_ALIGNMENT)
-        weights = Weights(raw.view(torch_dtype(base.dtype)), *views(table.records))
+        weights = weights_in(pool, table, base)
         max_small_rows = min(tuning.max_small_rows, max_rows)
         self._table = table
         self._device = device
@@ -72,8 +72,12 @@ class ReadStep:
     def __init__(self, step: GraphStep) -> None:
         self._step = step
 
-    def fill(self, segments: tuple[Segment, ...]) -> None:
-        self._step.fill(segments)
+    @property
+    def in_place(self) -> LoraStep:
+        return self._step.in_place
+
+    def fill(self, segments: tuple[Segment, ...]) -> GraphVariant:
+        return self._step.fill(segments)
 
     def project(
         self, layer: int, group: ModuleGroup, x: Tensor, product: Callable[[], Tensor]

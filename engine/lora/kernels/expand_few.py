@@ -1,4 +1,7 @@
-"""``s · (x Aᵀ) Bᵀ`` for segments of few rows, added or apart: bound by reading the B's once."""
+"""``g ⊙ (out + s · (x Aᵀ) Bᵀ) + bias`` for segments of few rows, or what that adds to ``out``.
+
+It is bound by reading the B's once.
+"""
 
 from dataclasses import dataclass
 
@@ -8,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.launch import launch
+from engine.lora.kernels.own_columns import add_bias, scale_columns
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from engine.lora.work import EXPAND_WORD, UNIT_WORDS
 from ipc.base_model import LINEAR_MODULES
@@ -51,11 +55,13 @@ def expand_few(
 
     ``out`` is ``[num_rows, out_features]``, contiguous, the model's dtype. ``scratch`` holds what
     ``shrink_few`` left for the same rows, group and layer, ``num_splits`` partial sums for each
-    row that is alone. The delta is accumulated in fp32 and rounded once, with ``out``. The other
-    arguments are those of ``shrink_few``.
+    row that is alone. Where an adapter has a row scale or a bias for a linear, the sum is scaled,
+    then the bias added. All of it in fp32, rounded once. The other arguments are those of
+    ``shrink_few``.
 
-    Unless it ``adds``, ``out`` is fp32 and gets the delta instead, whatever it held: zeros in the
-    columns of a linear that a row's adapter has nothing for. Rows of no unit are kept.
+    Unless it ``adds``, ``out`` is fp32 and gets delta and bias instead, whatever it held: zeros in
+    the columns of a linear that a row's adapter has nothing for. Rows of no unit are kept. Then no
+    adapter in ``units`` may have row scales: what they apply to is not there.
     """
     assert out.is_contiguous(), out.stride()
     assert out.dtype == (weights.arena.dtype if adds else torch.float32), out.dtype
@@ -67,6 +73,7 @@ def expand_few(
         (num_programs,),
         out,
         weights.arena,
+        weights.row_scales,
         weights.offsets,
         weights.ranks,
         weights.scalings,
@@ -102,6 +109,7 @@ def expand_few(
 def _expand_few_kernel(
     out_ptr,
     arena_ptr,
+    row_scales_ptr,
     offsets_ptr,
     ranks_ptr,
     scalings_ptr,
@@ -151,6 +159,8 @@ def _expand_few_kernel(
         first_rank = tl.load(ranks_ptr + record * 16 + 5)
         num_ranks = tl.load(ranks_ptr + record * 16 + 6)
         scaling = tl.load(scalings_ptr + record * 16 + 7)
+        row_scale = tl.load(offsets_ptr + record * 8 + 4)
+        bias = tl.load(offsets_ptr + record * 8 + 5)
         start = tl.where(module == 0, 0, tl.where(module == 1, start_1, start_2))
         width = tl.where(module == 0, width_0, tl.where(module == 1, width_1, width_2))
         block -= tl.where(module == 0, 0, tl.where(module == 1, end_0, end_1))
@@ -180,11 +190,15 @@ def _expand_few_kernel(
                     _expand_row(
                         o_ptr,
                         b_ptr,
+                        arena_ptr,
+                        row_scales_ptr,
                         p_ptr,
                         column + unit * COLUMNS[size],
                         width,
                         num_ranks,
                         scaling,
+                        row_scale,
+                        bias,
                         split_stride,
                         NUM_SPLITS,
                         RANKS[size],
@@ -196,12 +210,16 @@ def _expand_few_kernel(
                     _expand_rows(
                         o_ptr,
                         b_ptr,
+                        arena_ptr,
+                        row_scales_ptr,
                         s_ptr,
                         column + unit * COLUMNS[len(RANKS) + size],
                         width,
                         num_rows,
                         num_ranks,
                         scaling,
+                        row_scale,
+                        bias,
                         out_stride,
                         SCRATCH_COLUMNS,
                         RANKS[size],
@@ -224,11 +242,15 @@ def _expand_few_kernel(
 def _expand_row(
     out_ptr,
     b_ptr,
+    arena_ptr,
+    row_scales_ptr,
     partial_ptr,
     first_column,
     width,
     num_ranks,
     scaling,
+    row_scale,
+    bias,
     split_stride,
     NUM_SPLITS: tl.constexpr,
     TILE_RANKS: tl.constexpr,
@@ -253,6 +275,8 @@ def _expand_row(
     after = scaling * delta
     if ADDS:
         after += before.to(tl.float32)
+        after = scale_columns(after, row_scales_ptr, row_scale, first_column, width, TILE_COLUMNS)
+    after = add_bias(after, arena_ptr, bias, first_column, width, TILE_COLUMNS)
     tl.store(out_ptr + columns, after.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -260,12 +284,16 @@ def _expand_row(
 def _expand_rows(
     out_ptr,
     b_ptr,
+    arena_ptr,
+    row_scales_ptr,
     shrunk_ptr,
     first_column,
     width,
     num_rows,
     num_ranks,
     scaling,
+    row_scale,
+    bias,
     out_stride,
     SCRATCH_COLUMNS: tl.constexpr,
     TILE_RANKS: tl.constexpr,
@@ -293,6 +321,8 @@ def _expand_rows(
     after = scaling * delta
     if ADDS:
         after += before.to(tl.float32)
+        after = scale_columns(after, row_scales_ptr, row_scale, first_column, width, TILE_COLUMNS)
+    after = add_bias(after, arena_ptr, bias, first_column, width, TILE_COLUMNS)
     tl.store(out_ptrs, after.to(out_ptr.dtype.element_ty), mask)
 
 

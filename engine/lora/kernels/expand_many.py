@@ -1,4 +1,4 @@
-"""``out += s · (x Aᵀ) Bᵀ`` for segments of many rows, as in prefill."""
+"""``out = g ⊙ (out + s · (x Aᵀ) Bᵀ) + bias`` for segments of many rows, as in prefill."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.kernels.launch import launch
 from engine.kernels.whole_numbers import next_power_of_2
+from engine.lora.kernels.own_columns import add_bias, scale_columns
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
 from ipc.base_model import LINEAR_MODULES
 
@@ -16,10 +17,16 @@ _NUM_LINEARS = tl.constexpr(len(LINEAR_MODULES))
 
 @dataclass(frozen=True, slots=True)
 class ExpandManyTuning:
-    """How the work is cut up: tiles of a step's ``tile_rows`` by ``tile_columns`` of ``out``."""
+    """How the work is cut up: tiles of a step's ``tile_rows`` by ``tile_columns`` of ``out``.
+
+    A multiprocessor has memory for two programs where a tile has up to ``narrow_ranks``, and
+    registers for them if neither takes more than ``narrow_registers``.
+    """
 
     tile_columns: int = 128
     max_tile_ranks: int = 64
+    narrow_ranks: int = 16
+    narrow_registers: int | None = 128
     num_warps: int = 8
     num_stages: int = 3
 
@@ -38,8 +45,9 @@ def expand_many(
     """Adds the delta of every row of ``tiles`` to ``out``, for all linears of ``group``.
 
     ``out`` is ``[num_rows, out_features]``, contiguous, the model's dtype. ``scratch.shrunk`` holds
-    what ``shrink_many`` left for the same tiles, group and layer. The delta is accumulated in fp32
-    and rounded once, with ``out``. The other arguments are those of ``shrink_many``.
+    what ``shrink_many`` left for the same tiles, group and layer. Where an adapter has a row scale
+    or a bias for a linear, the sum is scaled, then the bias added. All of it in fp32, rounded once.
+    The other arguments are those of ``shrink_many``.
     """
     assert out.is_contiguous() and out.dtype == weights.arena.dtype, out.stride()
     ends = group.column_blocks(tuning.tile_columns)
@@ -49,6 +57,7 @@ def expand_many(
         (tiles.shape[0], ends[2]),
         out,
         weights.arena,
+        weights.row_scales,
         weights.offsets,
         weights.ranks,
         weights.scalings,
@@ -68,6 +77,7 @@ def expand_many(
         TILE_RANKS=tile_ranks,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        maxnreg=tuning.narrow_registers if tile_ranks <= tuning.narrow_ranks else None,
     )
 
 
@@ -75,6 +85,7 @@ def expand_many(
 def _expand_many_kernel(
     out_ptr,
     arena_ptr,
+    row_scales_ptr,
     offsets_ptr,
     ranks_ptr,
     scalings_ptr,
@@ -110,6 +121,8 @@ def _expand_many_kernel(
     b_offset = tl.load(offsets_ptr + record * 8 + 1)
     first_rank = tl.load(ranks_ptr + record * 16 + 5)
     scaling = tl.load(scalings_ptr + record * 16 + 7)
+    row_scale = tl.load(offsets_ptr + record * 8 + 4)
+    bias = tl.load(offsets_ptr + record * 8 + 5)
     start = tl.where(module == 0, 0, tl.where(module == 1, start_1, start_2))
     width = tl.where(module == 0, width_0, tl.where(module == 1, width_1, width_2))
     block -= tl.where(module == 0, 0, tl.where(module == 1, end_0, end_1))
@@ -135,4 +148,7 @@ def _expand_many_kernel(
         b = tl.load(b_ptrs + first, mask=valid[:, None], other=0.0)
         delta = tl.dot(shrunk, b, delta, input_precision="ieee")
     after = before.to(tl.float32) + scaling * delta
+    first_column = block * TILE_COLUMNS
+    after = scale_columns(after, row_scales_ptr, row_scale, first_column, width, TILE_COLUMNS)
+    after = add_bias(after, arena_ptr, bias, first_column, width, TILE_COLUMNS)
     tl.store(out_ptrs, after.to(out_ptr.dtype.element_ty), mask)

@@ -51,11 +51,12 @@ def group_shape(base: BaseModel, group: tuple[ModuleColumns, ...]) -> GroupShape
 class Weights:
     """The pool's arena ``[num_elements]`` in the model's dtype, and the table of what lies in it.
 
-    ``offsets``, ``ranks`` and ``scalings`` are the table's records as int64, int32 and fp32:
-    ``[max_adapters, num_layers, num_linears, words]``.
+    ``row_scales`` is the same memory as fp32. ``offsets``, ``ranks`` and ``scalings`` are the
+    table's records as int64, int32 and fp32: ``[max_adapters, num_layers, num_linears, words]``.
     """
 
     arena: Tensor
+    row_scales: Tensor
     offsets: Tensor
     ranks: Tensor
     scalings: Tensor

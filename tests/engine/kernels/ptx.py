@@ -154,7 +154,14 @@ def launches() -> dict[str, Callable[[], object]]:
     checksums = torch.zeros(max_programs(tuning, _NUM_PROCESSORS), dtype=torch.int32)
     qkv_shape = GroupShape(0, 3, 4096, (0, 4096, 5120), (4096, 1024, 1024))
     records = torch.zeros(2, 1, 7, 8, dtype=torch.int64)
-    weights = Weights(tensor(64), records, records.view(torch.int32), records.view(torch.float32))
+    arena = tensor(64)
+    weights = Weights(
+        arena,
+        arena.view(torch.float32),
+        records,
+        records.view(torch.int32),
+        records.view(torch.float32),
+    )
     units = torch.zeros(1 + tuning.unit_shape().max_units(_NUM_ROWS), UNIT_WORDS, dtype=torch.int32)
     scratch = Scratch(
         _NUM_ROWS, 16 * _NUM_ROWS, 1 << 20, 3 * len(units), 256, x.dtype, torch.device("cpu")

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from engine.batch import FlatBatch, flatten, to_device
 from engine.cuda_attention import CudaAttention
 from engine.cuda_ops import FusedOps
-from engine.graph_capture import GraphCapture
+from engine.graph_capture import GraphCapture, Replay
 from engine.kernels.causal_choice import choose_causal
 from engine.kernels.decode_workspace import DecodeWorkspace
 from engine.kernels.overlap import may_overlap
@@ -22,7 +22,7 @@ from engine.kv_cache import KvCache
 from engine.layer_passes import LayerPasses
 from engine.models.decoder import Decoder
 from engine.plan import ScheduledChunk, StepPlan, nothing_between
-from engine.prefill_graphs import MAX_SEQUENCES, PrefillGraphs, Replay, token_counts
+from engine.prefill_graphs import MAX_SEQUENCES, PrefillGraphs, token_counts
 from ipc.base_model import DType
 from ipc.messages import AdapterId
 from tests.engine.kernels.test_cuda_attention import BLOCK_SIZE, CONFIG

@@ -101,13 +101,22 @@ class LoraRig:
         finally:
             torch.use_deterministic_algorithms(False)
 
-    def install(self, number: int, rank: int, names: tuple[str, ...] = LINEAR_MODULES) -> AdapterId:
+    def install(
+        self,
+        number: int,
+        rank: int,
+        names: tuple[str, ...] = LINEAR_MODULES,
+        row_scaled: tuple[str, ...] = (),
+        biased: tuple[str, ...] = (),
+    ) -> AdapterId:
         """An adapter of ``rank`` on the linears ``names``; what it leaves alone differs by layer.
 
-        Its values are ones that the dtype can hold exactly.
+        Of these linears, ``row_scaled`` and ``biased`` have row scales and biases as well. Its
+        values are ones that the dtype can hold exactly.
         """
         generator = torch.Generator().manual_seed(number)
         modules, pairs = [], {}
+        row_scales, biases = {}, {}
         for layer in range(NUM_LAYERS):
             stage = self.base.layer_stage(layer)
             for name in names:
@@ -118,8 +127,14 @@ class LoraRig:
                 a = torch.randn(rank, in_features, generator=generator) * in_features**-0.5
                 b = torch.randn(out_features, rank, generator=generator) * rank**-0.5 / scaling
                 pairs[stage, name] = (a.to(self.dtype).float(), b.to(self.dtype).float())
+                if name in row_scaled:
+                    row_scales[stage, name] = torch.rand(out_features, generator=generator) + 0.5
+                if name in biased:
+                    bias = torch.randn(out_features, generator=generator)
+                    biases[stage, name] = bias.to(self.dtype).float()
             names = names[1:] + names[:1] if len(names) == len(LINEAR_MODULES) else names[1:]
-        return self.install_image(number, make_image(self.base, modules, pairs))
+        image = make_image(self.base, modules, pairs, row_scales, biases)
+        return self.install_image(number, image)
 
     def install_image(self, number: int, image: LoraImage) -> AdapterId:
         """Lays the image's stages far apart, in falling order, between poisoned gaps."""
@@ -141,6 +156,14 @@ class LoraRig:
         for number, rank in enumerate(RANKS, 1):
             few = ("k_proj", "v_proj", "up_proj", "o_proj")
             self.install(number, rank, few if number % 3 == 0 else LINEAR_MODULES)
+
+    def install_row_scales(self) -> None:
+        """Adapters 11 to 14: 11 has biases alone, the others row scales, of few linears or all."""
+        self.install(11, 12, biased=("k_proj", "o_proj", "up_proj", "down_proj"))
+        self.install(12, 7, row_scaled=LINEAR_MODULES)
+        few = ("q_proj", "v_proj", "gate_proj", "down_proj")
+        self.install(13, 64, ("k_proj", *few), few, biased=("k_proj", "v_proj", "gate_proj"))
+        self.install(14, 256, row_scaled=LINEAR_MODULES, biased=LINEAR_MODULES)
 
     def inputs(self, group: tuple[ModuleColumns, ...], num_rows: int) -> tuple[Tensor, Tensor]:
         """``x`` and what stands in ``out`` before."""
@@ -171,7 +194,7 @@ class LoraRig:
         before: Tensor,
         out: Tensor,
     ) -> None:
-        """``out`` is ``before`` plus the deltas, within what the roundings on the way may make."""
+        """``out`` is what adapters make of ``before``, within what the roundings may make."""
         self.device.synchronize()
         x, before, out = x.cpu().float(), before.cpu(), out.cpu()
         untouched = torch.ones(before.shape, dtype=torch.bool)
@@ -187,10 +210,14 @@ class LoraRig:
                 scaling = next(m.scaling for m in image.modules if (m.stage, m.module) == key)
                 where = (rows, slice(columns.start, columns.stop))
                 shrunk = x[rows] @ a.T
-                expected = before[where].float() + scaling * (shrunk @ b.T)
+                row_scale = image.row_scales.get(key, torch.ones(len(b)))
+                expected = row_scale * (before[where].float() + scaling * (shrunk @ b.T))
+                if key in image.biases:
+                    expected += image.biases[key]
                 # Of the shrunk values to the dtype, of the result to it, of fp32 sums.
                 shrunk_error = eps * shrunk.abs() + 1e-5 * (x[rows].abs() @ a.abs().T)
-                bound = scaling * (shrunk_error @ b.abs().T) + eps * expected.abs() + 1e-5
+                delta_error = scaling * (shrunk_error @ b.abs().T)
+                bound = row_scale * delta_error + eps * expected.abs() + 1e-5
                 off = (out[where].float() - expected).abs() - bound
                 assert (off <= 0).all(), f"{segment}, {columns}, off by {off.max():.2e} too much"
                 untouched[where] = False

@@ -7,7 +7,7 @@ from engine.device import CpuDevice
 from engine.lora.table import RECORD, AdapterTable
 from ipc.base_model import LINEAR_MODULES, BaseModel, DType, LinearShape
 from ipc.errors import AdapterInvalid, Internal
-from ipc.image import AdapterModule, layout_image
+from ipc.image import AdapterModule, EntryKind, layout_image
 from ipc.messages import AdapterId
 
 NUM_LAYERS = 2
@@ -15,13 +15,15 @@ NUM_LAYERS = 2
 FAR = 1 << 40
 
 
-def base_model() -> BaseModel:
+def base_model(dtype: DType = DType.BFLOAT16) -> BaseModel:
     linears = tuple(LinearShape(name, f"block.{name}", 16, 32) for name in LINEAR_MODULES)
-    return BaseModel("LlamaForCausalLM", NUM_LAYERS, 16, 100, 2, 1, DType.BFLOAT16, linears)
+    return BaseModel("LlamaForCausalLM", NUM_LAYERS, 16, 100, 2, 1, dtype, linears)
 
 
-def install(table: AdapterTable, number: int, *modules: AdapterModule) -> None:
-    layout = layout_image(base_model(), modules)
+def install(
+    table: AdapterTable, number: int, *modules: AdapterModule, dtype: DType = DType.BFLOAT16
+) -> None:
+    layout = layout_image(base_model(dtype), modules)
     extents = tuple(FAR + 4096 * stage for stage in range(len(layout.stages)))
     table.install(AdapterId(number), modules, layout, extents)
 
@@ -52,6 +54,39 @@ def test_records_say_where_an_adapters_matrices_lie() -> None:
     assert {records[name]["group_rank"] for name in ("q_proj", "k_proj", "v_proj")} == {24}
     assert (down["a"], down["rank"], down["group_rank"]) == (extent + 24 * 16 + 24 * 32, 16, 16)
     assert (query["row_scale"], query["bias"]) == (-1, -1)
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_records_say_where_row_scales_and_biases_lie(dtype: DType) -> None:
+    table = AdapterTable(base_model(dtype), 4, CpuDevice())
+    modules = (
+        AdapterModule(2, "q_proj", 8, 1.0, row_scale=True),
+        AdapterModule(2, "k_proj", 8, 1.0, bias=True),
+        AdapterModule(2, "o_proj", 8, 1.0, row_scale=True, bias=True),
+        AdapterModule(2, "up_proj", 8, 1.0),
+    )
+    install(table, 7, *modules, dtype=dtype)
+    records = records_of(table, 7, 1)
+    offsets = {
+        (entry.kind, entry.module): FAR + 2 * 4096 + entry.offset
+        for entry in layout_image(base_model(dtype), modules).stages[2].entries
+    }
+    for name, record in records.items():
+        row_scale = offsets.get((EntryKind.ROW_SCALE, name))
+        bias = offsets.get((EntryKind.BIAS, name))
+        assert record["row_scale"] == (-1 if row_scale is None else row_scale // 4), name
+        assert record["bias"] == (-1 if bias is None else bias // dtype.num_bytes), name
+    assert [records[name]["row_scale"] >= 0 for name in ("q_proj", "o_proj")] == [True, True]
+    assert [records[name]["bias"] >= 0 for name in ("k_proj", "o_proj")] == [True, True]
+
+
+def test_the_entry_tells_whether_any_linear_has_a_row_scale() -> None:
+    table = AdapterTable(base_model(), 4, CpuDevice())
+    plain = AdapterModule(1, "q_proj", 8, 1.0)
+    install(table, 1, plain, AdapterModule(2, "up_proj", 8, 1.0, row_scale=True))
+    install(table, 2, plain, AdapterModule(2, "up_proj", 8, 1.0, bias=True))
+    assert table.entry(AdapterId(1)).scales_rows
+    assert not table.entry(AdapterId(2)).scales_rows
 
 
 def test_what_an_adapter_leaves_alone_has_rank_zero() -> None:
@@ -104,5 +139,5 @@ def test_a_record_of_an_earlier_adapter_leaves_nothing_behind() -> None:
 def test_a_part_that_the_forward_pass_does_not_apply_is_refused() -> None:
     table = AdapterTable(base_model(), 1, CpuDevice())
     with pytest.raises(AdapterInvalid, match="got bias of k_proj"):
-        install(table, 1, AdapterModule(2, "k_proj", 8, 1.0, bias=True))
+        install(table, 1, AdapterModule(2, "k_proj", 0, 1.0, bias=True))
     install(table, 2, AdapterModule(1, "o_proj", 8, 1.0))

@@ -14,8 +14,7 @@ from engine.lora.kernels.expand_few import ExpandFewTuning
 from engine.lora.kernels.shapes import Weights
 from engine.lora.launches import LoraLaunches, LoraTuning
 from engine.lora.segments import Segment
-from engine.lora.table import views
-from engine.lora.triton_linear import Fork, GraphStep
+from engine.lora.triton_linear import Fork, GraphStep, weights_in
 from ipc.base_model import DType
 from ipc.image import padded_rank
 from tests.engine.lora.rig import LoraRig, segments_of
@@ -45,8 +44,7 @@ def read_lora(rig: LoraRig, num_launches: NumLaunches) -> ReadLora:
 
 
 def weights_of(rig: LoraRig) -> Weights:
-    arena = rig.pool.extent_view(0, rig.pool.num_bytes).view(rig.dtype)
-    return Weights(arena, *views(rig.table.records))
+    return weights_in(rig.pool, rig.table, rig.base)
 
 
 def words_of(values: Tensor, dtype: torch.dtype) -> int:
