@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from engine.slot_allocator import SlotAllocator, slot_bytes
@@ -31,7 +31,7 @@ class PooledAdapter:
     ``extents`` are the offsets of its slot, one for each stage of ``layout``; the first
     ``num_placed_layers`` decoder layers lie there whole, and more than none of them means that the
     pool's table has the adapter. ``last_step`` is the newest step that reads them there, by the
-    count of launches.
+    count of launches. ``num_slot_bytes`` is what its slot takes of the pool.
     """
 
     adapter_id: AdapterId
@@ -48,10 +48,10 @@ class PooledAdapter:
     num_requests: int = 0
     num_uses: int = 0
     last_step: int = 0
+    num_slot_bytes: int = field(init=False)
 
-    @property
-    def num_slot_bytes(self) -> int:
-        return slot_bytes(self.layout.stage_bytes)
+    def __post_init__(self) -> None:
+        self.num_slot_bytes = slot_bytes(self.layout.stage_bytes)
 
     @property
     def source(self) -> AdapterSource:

@@ -240,18 +240,23 @@ class EngineCore:
             if left_s <= 0:
                 return
             if self._take_commands(min(left_s, POLL_S)):
-                self._begin_loads()
+                self._begin_loads(step)
 
     def _listen_until_done(self, step: LaunchedStep) -> None:
         """The same until the step is done, unless its end is near."""
         while self._is_running and not self._is_stopping and not step.is_done():
             if self._take_commands(POLL_S):
-                self._begin_loads()
+                self._begin_loads(step)
 
-    def _begin_loads(self) -> None:
-        """A load need not wait for a step to be scheduled."""
+    def _begin_loads(self, step: LaunchedStep) -> None:
+        """A load need not wait for a step to be scheduled.
+
+        Yet the tokens of ``step``, which is in flight, do not wait for loads to begin: what is to
+        be done for these is then left to the next turn.
+        """
         self._scheduler.meet_demand(time.monotonic())
-        self._carry_out_actions()
+        if not step.is_done():
+            self._carry_out_actions()
 
     def _idle_wait_s(self) -> float:
         """How long nothing but a command can bring something to run."""

@@ -27,7 +27,7 @@ All are row-major. A rank is padded with zeros to a multiple of ``RANK_ALIGNMENT
 starts at a multiple of ``ENTRY_ALIGNMENT`` bytes from its stage, as each stage does from the image.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from enum import Enum
 
 import msgspec
@@ -107,7 +107,8 @@ def align(num_bytes: int) -> int:
 def layout_image(base: BaseModel, modules: Iterable[AdapterModule]) -> ImageLayout:
     """Where each entry of an adapter with these ``modules`` lies.
 
-    The result depends on the set of modules alone, not on their order.
+    The result depends on the set of modules alone, not on their order. Layers that are alike share
+    their ``entries``.
 
     Raises:
         ValueError: a module is named twice in a stage, is unknown there, or has a negative rank.
@@ -127,11 +128,22 @@ def layout_image(base: BaseModel, modules: Iterable[AdapterModule]) -> ImageLayo
 
     stages = []
     image_offset = 0
+    layouts: dict[Hashable, tuple[tuple[Entry, ...], int]] = {}
     for stage in range(base.num_stages):
-        entries, num_bytes = _layout_stage(base, stage, by_stage.get(stage, {}))
+        in_stage = by_stage.get(stage, {})
+        is_layer = 0 < stage < base.head_stage
+        alike = None if is_layer else stage, frozenset(map(_without_stage, in_stage.values()))
+        if alike not in layouts:
+            layouts[alike] = _layout_stage(base, stage, in_stage)
+        entries, num_bytes = layouts[alike]
         stages.append(StageLayout(image_offset, num_bytes, entries))
         image_offset += num_bytes
     return ImageLayout(image_offset, tuple(stages))
+
+
+def _without_stage(module: AdapterModule) -> Hashable:
+    """What entries depend on."""
+    return module.module, module.rank, module.row_scale, module.bias, module.whole
 
 
 def _layout_stage(

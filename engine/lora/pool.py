@@ -74,13 +74,13 @@ class AdapterPool:
         """
         assert adapter_id not in self._resident, adapter_id
         assert len(extents) == len(layout.stages), (len(extents), len(layout.stages))
+        check_served(self._base, layout)
         scalings = {(module.stage, module.module): module.scaling for module in modules}
         table: dict[tuple[int, str], LoraWeights] = {}
         for stage, (stage_layout, extent) in enumerate(zip(layout.stages, extents, strict=True)):
             if not stage_layout.num_bytes:
                 continue
             assert extent % ENTRY_ALIGNMENT == 0, (stage, extent)
-            check_served(self._base, stage, stage_layout)
             parts: dict[str, dict[EntryKind, Tensor]] = {}
             for entry in stage_layout.entries:
                 parts.setdefault(entry.module, {})[entry.kind] = self._view(extent, entry)
@@ -114,13 +114,23 @@ class AdapterPool:
         return values if entry.kind is EntryKind.BIAS else values.view(entry.rows, entry.columns)
 
 
-def check_served(base: BaseModel, stage: int, layout: StageLayout) -> None:
-    """Returns if the forward pass applies every entry of the stage.
+def check_served(base: BaseModel, layout: ImageLayout) -> None:
+    """Returns if the forward pass applies every entry of the image.
 
     Raises:
         AdapterInvalid: it does not.
     """
-    in_layer = 0 < stage < base.head_stage
+    # Layers that are alike share their entries, and this runs between two steps.
+    checked: set[tuple[bool, int]] = set()
+    for stage, stage_layout in enumerate(layout.stages):
+        in_layer = 0 < stage < base.head_stage
+        seen = in_layer, id(stage_layout.entries)
+        if seen not in checked:
+            checked.add(seen)
+            _check_stage(stage, in_layer, stage_layout)
+
+
+def _check_stage(stage: int, in_layer: bool, layout: StageLayout) -> None:
     for entry in layout.entries:
         match entry.kind:
             case EntryKind.LORA_A | EntryKind.LORA_B:

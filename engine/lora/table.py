@@ -97,8 +97,7 @@ class AdapterTable:
             Internal: every index is in use.
         """
         assert adapter_id not in self._entries, adapter_id
-        for stage, stage_layout in enumerate(layout.stages):
-            check_served(self._base, stage, stage_layout)
+        check_served(self._base, layout)
         if not self._free:
             raise Internal(f"adapter {adapter_id}: the table's {len(self._entries)} rows are full")
         records = self._describe(modules, layout, extents)
@@ -124,14 +123,16 @@ class AdapterTable:
         for module in modules:
             scalings.setdefault(module.stage, []).append((module.module, module.scaling))
         stages = [self._base.layer_stage(layer) for layer in range(self._base.num_layers)]
-        # An adapter's layers are nearly always alike, and this runs between two steps.
-        described: dict[Any, npt.NDArray[Any]] = {}
-        records = np.empty((len(stages), len(LINEAR_MODULES)), RECORD)
+        # An adapter's layers are nearly always alike, and this runs between two steps. Entries that
+        # are equal are then the same: comparing hundreds of them would take most of the time.
+        alike: dict[tuple[int, tuple[tuple[str, float], ...]], list[int]] = {}
         for layer, stage in enumerate(stages):
-            key = (layout.stages[stage].entries, tuple(scalings.get(stage, ())))
-            if key not in described:
-                described[key] = _describe_layer(*key, self._base.dtype.num_bytes)
-            records[layer] = described[key]
+            key = id(layout.stages[stage].entries), tuple(scalings.get(stage, ()))
+            alike.setdefault(key, []).append(layer)
+        records = np.empty((len(stages), len(LINEAR_MODULES)), RECORD)
+        for (_, of_stage), layers in alike.items():
+            entries = layout.stages[stages[layers[0]]].entries
+            records[layers] = _describe_layer(entries, of_stage, self._base.dtype.num_bytes)
         start_bytes = np.array([extents[stage] for stage in stages])[:, None]
         starts = start_bytes // self._base.dtype.num_bytes
         records["a"] += starts

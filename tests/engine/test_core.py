@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import pytest
 
@@ -186,6 +187,62 @@ def test_what_ends_while_a_prefill_is_launched_is_delivered_before_the_launch_en
     expected.ask("b", [3, 4], max_tokens=2)
     expected.run_dry()
     assert all(loop.output(name) == expected.output(name) for name in "ab")
+
+
+class RequestMeanwhile(Loop):
+    """While the first step is waited for, a request comes with an adapter that is away.
+
+    The step ends while that is heard. What the client gets first ends the loop.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(overlap_steps=True)
+        self.num_loads_at_delivery: list[int] = []
+        self._num_looks = 0
+
+    def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
+        return _Ending(super().launch(plan, between), self._is_over)
+
+    def _is_over(self) -> bool:
+        self._num_looks += 1
+        if self._num_looks == 1:
+            request = AddRequest(
+                CLIENT, RequestId("b"), ADAPTER, [3, 4], 2, SamplingParams(ignore_eos=True), 0.0
+            )
+            self.core.submit(request)
+        return self._num_looks > 1
+
+    def _deliver(self, deltas: Mapping[bytes, list[TokenDelta]]) -> None:
+        super()._deliver(deltas)
+        self.num_loads_at_delivery.append(len(self.slots.loads))
+        if len(self.num_loads_at_delivery) == 2:
+            self.core.stop()
+
+
+@dataclass
+class _Ending:
+    """A step that is over when ``is_over`` says so."""
+
+    step: LaunchedStep
+    is_done: Callable[[], bool]
+
+    def device_s(self) -> float:
+        return self.step.device_s()
+
+    def wait(self) -> list[SampledToken]:
+        return self.step.wait()
+
+
+def test_tokens_that_are_there_do_not_wait_for_a_load_to_begin() -> None:
+    loop = RequestMeanwhile()
+    loop.core.carry_out(LoaderConnected())
+    manifest = make_manifest(1)
+    loop.core.carry_out(AddAdapter(ADAPTER, manifest, False, None, lambda error: None))
+    loop.ask("a", [1, 2])
+    loop.core.step(0.0)
+    loop.core.run()
+    # Which then begins with the very next turn.
+    assert loop.num_loads_at_delivery[:2] == [0, 1]
 
 
 def test_without_overlap_every_step_is_waited_for_at_once() -> None:
