@@ -17,21 +17,19 @@ from loader.adapter_files import (
     AdapterFiles,
     AdapterFolders,
 )
-from loader.peft_adapter import CONFIG_NAME, TENSORS_NAME, plan_adapter
+from loader.peft_adapter import plan_adapter
 from loader.peft_config import parse_config
+from loader.peft_files import CONFIG_NAME, TensorFile, check_index, find_files
 from loader.plan import AdapterPlan
-from loader.safetensors_header import parse_header, read_header
+from loader.safetensors_header import MAX_HEADER_BYTES, parse_header, read_header
 
 MAX_CONFIG_BYTES = 1 << 20
 # A plan takes up to some hundreds of kilobytes, and some milliseconds to make again. Adapters whose
 # configurations and headers are equal, as those of one training setup are, share one.
 NUM_CACHED_PLANS = 64
 
-_FILE_NAMES = (CONFIG_NAME, TENSORS_NAME)
-_CONFIG_FILE, _TENSOR_FILE = range(len(_FILE_NAMES))
-
-_PlanKey = tuple[str, int]
-"""The digest of the bytes that a plan was made from, and the size of the file with the tensors."""
+_PlanKey = tuple[str, tuple[int, ...]]
+"""The digest of the bytes that a plan was made from, and the sizes of the files with tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,8 @@ class Inspector:
             SidestreamError: as ``inspect``.
         """
         folder = self._folders.resolve(source.path)
-        files = self._folders.open(folder, _FILE_NAMES)
+        names = [identity.name for identity in source.generation.files]
+        files = self._folders.open(folder, names)
         try:
             self._check_identity(files, source)
             plan = self._cached((source.generation.digest, _tensor_bytes(files)))
@@ -100,10 +99,10 @@ class Inspector:
             raise
 
     def _inspect(self, adapter_id: AdapterId, folder: str) -> Manifest:
-        _check_format(folder)
+        names = find_files(folder)
         deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
         while True:
-            files = self._folders.open(folder, _FILE_NAMES)
+            files = self._folders.open(folder, names)
             try:
                 if files.settled():
                     plan, digest = self._read(files)
@@ -127,23 +126,28 @@ class Inspector:
 
     def _read(self, files: AdapterFiles) -> tuple[AdapterPlan, str]:
         """The plan and the digest of the bytes that it was made from."""
-        config_bytes = _read_whole(files, _CONFIG_FILE)
-        header = read_header(files.fds[_TENSOR_FILE], _tensor_bytes(files), TENSORS_NAME)
+        texts = [_read_whole(files, index) for index in _texts(files)]
+        headers = _read_headers(files)
         digest = hashlib.blake2b(digest_size=16)
-        for part in (config_bytes, header):
+        for part in (*texts, *headers):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
         key = (digest.hexdigest(), _tensor_bytes(files))
         plan = self._cached(key)
         if plan is None:
-            plan = self._plan(files, config_bytes, header)
+            plan = self._plan(files, texts, headers)
             self._remember(key, plan)
         return plan, digest.hexdigest()
 
-    def _plan(self, files: AdapterFiles, config_bytes: bytes, header: bytes) -> AdapterPlan:
-        config = parse_config(config_bytes, CONFIG_NAME)
-        tensors = parse_header(header, _tensor_bytes(files), TENSORS_NAME)
-        plan = plan_adapter(config, tensors, self.base, self.max_lora_rank, _TENSOR_FILE)
+    def _plan(self, files: AdapterFiles, texts: list[bytes], headers: list[bytes]) -> AdapterPlan:
+        config = parse_config(texts[0], CONFIG_NAME)
+        tensor_files = [
+            TensorFile(index, name, parse_header(header, num_bytes, name))
+            for (index, name, num_bytes), header in zip(_tensors(files), headers, strict=True)
+        ]
+        for index_text in texts[1:]:
+            check_index(index_text, tensor_files)
+        plan = plan_adapter(config, tensor_files, self.base, self.max_lora_rank)
         if plan.layout.num_bytes > self._host_tier_bytes:
             raise AdapterInvalid(
                 f"{files.folder}: its image takes {plan.layout.num_bytes} bytes, more than all of"
@@ -169,25 +173,36 @@ class Inspector:
                 self._plans.popitem(last=False)
 
 
-def _check_format(folder: str) -> None:
-    """Says what a folder without a safetensors file has instead, if that is known."""
-    try:
-        names = set(os.listdir(folder))
-    except OSError:
-        return  # Opening the files will say what is wrong.
-    if TENSORS_NAME in names:
-        return
-    if "adapter_model.bin" in names:
-        raise AdapterInvalid(
-            f"{folder} has adapter_model.bin, a pickle, which can run code when it is read: save"
-            f" the adapter as {TENSORS_NAME} (PEFT: safe_serialization=True)"
-        )
-    if any(name.endswith(".gguf") for name in names):
-        raise AdapterInvalid(f"{folder}: GGUF adapters can not be served, only {TENSORS_NAME}")
+def _texts(files: AdapterFiles) -> list[int]:
+    """Where the configuration is among the files, and behind it the index if there is one."""
+    return [index for index, name in enumerate(files.names) if name.endswith(".json")]
 
 
-def _tensor_bytes(files: AdapterFiles) -> int:
-    return files.identities[_TENSOR_FILE].num_bytes
+def _tensors(files: AdapterFiles) -> list[tuple[int, str, int]]:
+    """Index, name and size of each file with tensors."""
+    return [
+        (index, identity.name, identity.num_bytes)
+        for index, identity in enumerate(files.identities)
+        if identity.name.endswith(".safetensors")
+    ]
+
+
+def _tensor_bytes(files: AdapterFiles) -> tuple[int, ...]:
+    return tuple(num_bytes for _, _, num_bytes in _tensors(files))
+
+
+def _read_headers(files: AdapterFiles) -> list[bytes]:
+    """The header of each file with tensors; together they are no larger than a whole file's."""
+    headers = []
+    num_bytes_left = MAX_HEADER_BYTES
+    for index, name, num_bytes in _tensors(files):
+        headers.append(read_header(files.fds[index], num_bytes, name))
+        num_bytes_left -= len(headers[-1])
+        if num_bytes_left < 0:
+            raise AdapterInvalid(
+                f"{files.folder}: its shards' headers have more than {MAX_HEADER_BYTES} bytes"
+            )
+    return headers
 
 
 def _read_whole(files: AdapterFiles, index: int) -> bytes:

@@ -2,25 +2,25 @@
 
 A tensor is called ``base_model.model.<module path>.lora_A.weight`` (``[r, in]``) or
 ``.lora_B.weight`` (``[out, r]``). Every tensor must belong to a module that the configuration
-targets, and every targeted module must have its two.
+targets, and every targeted module must have its two. In which of the adapter's files a tensor
+stands has no meaning.
 
 Source: ``get_peft_model_state_dict`` of PEFT 0.21.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ipc.base_model import BaseModel, LinearShape
 from ipc.errors import AdapterInvalid
 from ipc.image import AdapterModule, EntryKind, layout_image
 from loader.peft_config import PeftConfig
+from loader.peft_files import CONFIG_NAME, INDEX_NAME, TensorFile
 from loader.plan import AdapterPlan, TensorPlan
 from loader.safetensors_header import FileTensor, TensorDType
 from loader.strict_json import shorten
 
-CONFIG_NAME = "adapter_config.json"
-TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = "peft"
 
 READABLE_DTYPES = (TensorDType.F32, TensorDType.F16, TensorDType.BF16)
@@ -33,13 +33,22 @@ _UNSERVED = {
     "lora_magnitude_vector": "DoRA",
     "embed_tokens": "an embedding",
     "lm_head": "the output head",
-    ".bias": "a bias",
     "absmax": "a quantized tensor",
     "quant_": "a quantized tensor",
     "weight_scale": "a quantized tensor",
     "weight_packed": "a quantized tensor",
     ".SCB": "a quantized tensor",
 }
+# Beside the linear layers, what PEFT can put a pair at.
+_UNSERVED_MODULES = {"model.embed_tokens": "the embedding", "lm_head": "the output head"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor, and the file that holds it."""
+
+    file: TensorFile
+    tensor: FileTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +66,29 @@ class _Module:
 
 def plan_adapter(
     config: PeftConfig,
-    tensors: tuple[FileTensor, ...],
+    files: Sequence[TensorFile],
     base: BaseModel,
     max_lora_rank: int,
-    tensor_file: int,
 ) -> AdapterPlan:
-    """The plan of an adapter whose tensors are those of file ``tensor_file``.
+    """The plan of an adapter whose tensors are those of ``files``.
 
     Raises:
         AdapterInvalid: a tensor is unknown, missing or misshapen, or a rank is too high.
     """
-    pairs: dict[str, dict[EntryKind, FileTensor]] = {}
+    where = files[0].name if len(files) == 1 else INDEX_NAME
+    for path, meaning in _UNSERVED_MODULES.items():
+        if config.is_targeted(path, None):
+            raise AdapterInvalid(
+                f"{CONFIG_NAME}: target_modules is {config.target_modules}, which targets {path},"
+                f" {meaning}: a pair of it can not be served",
+                param="target_modules",
+            )
+    pairs: dict[str, dict[EntryKind, _Stored]] = {}
     known = {module.path: module for module in _modules(base)}
-    for tensor in tensors:
-        path, kind = _place(tensor, known, base)
-        pairs.setdefault(path, {})[kind] = tensor
+    for file in files:
+        for tensor in file.tensors:
+            path, kind = _place(tensor, file.name, config, known, base)
+            pairs.setdefault(path, {})[kind] = _Stored(file, tensor)
 
     modules = []
     for path, module in known.items():
@@ -79,11 +96,10 @@ def plan_adapter(
         pair = pairs.get(path)
         if pair is not None and not targeted:
             raise AdapterInvalid(
-                f"{TENSORS_NAME} has tensors of {module.short_path}, which {CONFIG_NAME} does not"
-                " target"
+                f"{where} has tensors of {module.short_path}, which {CONFIG_NAME} does not target"
             )
         if targeted:
-            rank = _check_pair(module, pair or {}, config, max_lora_rank)
+            rank = _check_pair(module, pair or {}, config, max_lora_rank, where)
             modules.append(
                 AdapterModule(
                     base.layer_stage(module.layer),
@@ -95,7 +111,7 @@ def plan_adapter(
     if not modules:
         raise AdapterInvalid(
             f"{CONFIG_NAME} targets no linear layer of the base: target_modules is"
-            f" {shorten(list(config.target_modules))}",
+            f" {config.target_modules}",
             param="target_modules",
         )
 
@@ -104,12 +120,13 @@ def plan_adapter(
     plans = []
     for stage_index, stage in enumerate(layout.stages):
         for entry in stage.entries:
-            tensor = pairs[paths[stage_index, entry.module]][entry.kind]
+            stored = pairs[paths[stage_index, entry.module]][entry.kind]
+            tensor = stored.tensor
             rows, columns = tensor.shape
             plans.append(
                 TensorPlan(
                     tensor.name,
-                    tensor_file,
+                    stored.file.index,
                     tensor.offset,
                     tensor.dtype,
                     rows,
@@ -127,23 +144,35 @@ def _modules(base: BaseModel) -> Iterator[_Module]:
             yield _Module(f"model.layers.{layer}.{shape.path}", layer, shape)
 
 
-def _place(tensor: FileTensor, known: dict[str, _Module], base: BaseModel) -> tuple[str, EntryKind]:
+def _place(
+    tensor: FileTensor,
+    where: str,
+    config: PeftConfig,
+    known: dict[str, _Module],
+    base: BaseModel,
+) -> tuple[str, EntryKind]:
     match = _TENSOR_NAME.fullmatch(tensor.name)
     if match is None or match[1] not in known:
+        if tensor.name.endswith(".bias"):
+            raise AdapterInvalid(
+                f"{CONFIG_NAME}: bias is {config.bias!r}, and {where} holds the bias"
+                f" {shorten(tensor.name, 160)}: trained biases can not be served",
+                param="bias",
+            )
         for part, meaning in _UNSERVED.items():
             if part in tensor.name:
                 raise AdapterInvalid(
-                    f"{TENSORS_NAME}: tensor {shorten(tensor.name, 160)} is of {meaning}, which"
+                    f"{where}: tensor {shorten(tensor.name, 160)} is of {meaning}, which"
                     " can not be served"
                 )
         raise AdapterInvalid(
-            f"{TENSORS_NAME}: tensor {shorten(tensor.name, 160)} is of no module of the base;"
+            f"{where}: tensor {shorten(tensor.name, 160)} is of no module of the base;"
             f" expected base_model.model.model.layers.N.<linear layer>.lora_A.weight or"
             f" .lora_B.weight with N below {base.num_layers}"
         )
     if tensor.dtype not in READABLE_DTYPES:
         raise AdapterInvalid(
-            f"{TENSORS_NAME}: tensor {tensor.name!r} is {tensor.dtype.value}, expected"
+            f"{where}: tensor {tensor.name!r} is {tensor.dtype.value}, expected"
             f" {', '.join(dtype.value for dtype in READABLE_DTYPES)}"
         )
     return match[1], _KINDS[match[2]]
@@ -151,22 +180,22 @@ def _place(tensor: FileTensor, known: dict[str, _Module], base: BaseModel) -> tu
 
 def _check_pair(
     module: _Module,
-    pair: dict[EntryKind, FileTensor],
+    pair: dict[EntryKind, _Stored],
     config: PeftConfig,
     max_lora_rank: int,
+    where: str,
 ) -> int:
     """The rank of a targeted module's pair."""
     for name, kind in _KINDS.items():
         if kind not in pair:
             raise AdapterInvalid(
-                f"{module.short_path} is targeted by {CONFIG_NAME}, but {TENSORS_NAME} has no"
-                f" {name} of it"
+                f"{module.short_path} is targeted by {CONFIG_NAME}, but {where} has no {name} of it"
             )
-    a, b = pair[EntryKind.LORA_A], pair[EntryKind.LORA_B]
+    a, b = pair[EntryKind.LORA_A].tensor, pair[EntryKind.LORA_B].tensor
     if len(a.shape) != 2 or a.shape[1] != module.shape.in_features:
-        raise _misshapen(a, f"[r, {module.shape.in_features}]")
+        raise _misshapen(pair[EntryKind.LORA_A], f"[r, {module.shape.in_features}]")
     if len(b.shape) != 2 or b.shape[0] != module.shape.out_features:
-        raise _misshapen(b, f"[{module.shape.out_features}, r]")
+        raise _misshapen(pair[EntryKind.LORA_B], f"[{module.shape.out_features}, r]")
     rank = a.shape[0]
     if b.shape[1] != rank:
         raise AdapterInvalid(
@@ -184,8 +213,8 @@ def _check_pair(
     return rank
 
 
-def _misshapen(tensor: FileTensor, expected: str) -> AdapterInvalid:
+def _misshapen(stored: _Stored, expected: str) -> AdapterInvalid:
     return AdapterInvalid(
-        f"{TENSORS_NAME}: tensor {tensor.name!r} has shape {list(tensor.shape)}, expected"
-        f" {expected}"
+        f"{stored.file.name}: tensor {stored.tensor.name!r} has shape"
+        f" {list(stored.tensor.shape)}, expected {expected}"
     )

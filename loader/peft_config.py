@@ -5,20 +5,25 @@ Every field that PEFT has is in one of three lists: ``HONOURED`` fields decide w
 all others, those of ``REFUSED`` and those unknown here, are refused unless they say nothing: null,
 false or empty.
 
-Source: ``LoraConfig``, ``check_target_module_exists`` and ``get_pattern_key`` of PEFT 0.21.
+Source: ``LoraConfig`` of PEFT 0.21, whose ``__post_init__`` says what contradicts what.
 """
 
 import math
-import re
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from ipc.base_model import LINEAR_MODULES
 from ipc.errors import AdapterInvalid
 from loader import strict_json
+from loader.module_choice import (
+    LayerChoice,
+    MatchedModules,
+    ModuleChoice,
+    NamedModules,
+    PatternTable,
+)
+from loader.path_automaton import Effort
 from loader.strict_json import shorten
-
-Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
 
@@ -79,11 +84,6 @@ REFUSED: dict[str, str] = {
 # change them, and PEFT writes ``true`` here when it converts such an adapter to a plain one.
 _INITS_OF_A_PLAIN_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
-# What a key of rank_pattern and alpha_pattern may be: a module's name or path, with its dots
-# escaped or not, and the anchor that PEFT's own documentation uses. As a regular expression it
-# has no repetition, so that a match takes linear time.
-_PLAIN_PATTERN = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.)+")
-
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
@@ -95,29 +95,35 @@ class PeftConfig:
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    target_modules: tuple[str, ...]
-    exclude_modules: tuple[str, ...]
-    layers_to_transform: frozenset[int] | None
+    rank_pattern: PatternTable[int]
+    alpha_pattern: PatternTable[float]
+    target_modules: NamedModules | MatchedModules
+    exclude_modules: ModuleChoice
+    layers_to_transform: LayerChoice | None
+    bias: str
 
-    def is_targeted(self, path: str, layer: int) -> bool:
-        """Whether PEFT would put a low-rank pair beside the module at ``path`` of ``layer``."""
-        if _is_named(path, self.exclude_modules):
+    def is_targeted(self, path: str, layer: int | None) -> bool:
+        """Whether PEFT would put a low-rank pair beside the module at ``path``.
+
+        ``layer`` is its decoder layer's index, None where it is in none. Raises
+        ``AdapterInvalid``, as the other methods do, where patterns take too long to match.
+        """
+        if self.exclude_modules.includes(path) or not self.target_modules.includes(path):
             return False
-        if path in self.target_modules:
+        if self.layers_to_transform is None:
             return True
-        in_layers = self.layers_to_transform is None or layer in self.layers_to_transform
-        return in_layers and _is_named(path, self.target_modules)
+        if isinstance(self.target_modules, NamedModules) and self.target_modules.has_path(path):
+            return True
+        return layer is not None and self.layers_to_transform.includes(path, layer)
 
     def rank_of(self, path: str) -> int:
         """The rank that the module's pair must have."""
-        return _first_match(self.rank_pattern, path, self.rank)
+        return self.rank_pattern.get(path, self.rank)
 
     def scaling_of(self, path: str) -> float:
         """``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA."""
         rank = self.rank_of(path)
-        alpha = _first_match(self.alpha_pattern, path, self.alpha)
+        alpha = self.alpha_pattern.get(path, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
@@ -137,24 +143,21 @@ def parse_config(payload: bytes, where: str) -> PeftConfig:
             raise reader.refusal(name, f"null, false or empty: {why} can not be served")
     reader.one_of("peft_type", ("LORA",))
     reader.one_of("task_type", (None, "CAUSAL_LM"))
-    reader.one_of("bias", (None, "none"))
-    reader.one_of("fan_in_fan_out", (None, False))
+    # True is for bases of Conv1D; beside a Linear, PEFT sets it to false.
+    reader.one_of("fan_in_fan_out", (None, False, True))
     reader.init_lora_weights()
+    effort = Effort()
     return PeftConfig(
         rank=reader.rank("r", fields.get("r")),
         alpha=reader.alpha("lora_alpha", fields.get("lora_alpha")),
         use_rslora=reader.one_of("use_rslora", (None, False, True)) is True,
-        rank_pattern={
-            key: reader.rank(f"rank_pattern[{shorten(key)}]", value)
-            for key, value in reader.pattern("rank_pattern").items()
-        },
-        alpha_pattern={
-            key: reader.alpha(f"alpha_pattern[{shorten(key)}]", value)
-            for key, value in reader.pattern("alpha_pattern").items()
-        },
-        target_modules=reader.target_modules(),
-        exclude_modules=reader.exclude_modules(),
-        layers_to_transform=reader.layers_to_transform(),
+        rank_pattern=PatternTable.of(where, "rank_pattern", reader.ranks(), effort),
+        alpha_pattern=PatternTable.of(where, "alpha_pattern", reader.alphas(), effort),
+        target_modules=reader.target_modules(effort),
+        exclude_modules=reader.exclude_modules(effort),
+        layers_to_transform=reader.layers_to_transform(effort),
+        # Which of the base's biases were trained; where it has none, there is nothing to it.
+        bias=str(reader.one_of("bias", (None, "none", "all", "lora_only")) or "none"),
     )
 
 
@@ -204,57 +207,72 @@ class _Fields:
             raise self.refusal(name, "a number of magnitude below 2**64", value)
         return float(value)  # type: ignore[arg-type]
 
-    def pattern(self, name: str) -> dict[str, Any]:
-        value = self._fields.get(name)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise self.refusal(name, "an object from module names to numbers")
-        for key in value:
-            if _PLAIN_PATTERN.fullmatch(key) is None:
-                raise AdapterInvalid(
-                    f"{self._where}: {name} has the key {shorten(key)}, expected a module's name"
-                    " or path; other regular expressions can not be served",
-                    param=name,
-                )
-        return value
+    def ranks(self) -> dict[str, int]:
+        return {
+            key: self.rank(f"rank_pattern[{shorten(key)}]", value)
+            for key, value in self._object("rank_pattern").items()
+        }
 
-    def target_modules(self) -> tuple[str, ...]:
+    def alphas(self) -> dict[str, float]:
+        return {
+            key: self.alpha(f"alpha_pattern[{shorten(key)}]", value)
+            for key, value in self._object("alpha_pattern").items()
+        }
+
+    def target_modules(self, effort: Effort) -> NamedModules | MatchedModules:
         value = self._fields.get("target_modules")
-        if isinstance(value, str) and value.lower() == ALL_LINEAR:
-            if not _says_nothing(self._fields.get("layers_to_transform")):
-                raise self.refusal("layers_to_transform", f"null beside {ALL_LINEAR!r}, as in PEFT")
-            return LINEAR_MODULES
         if isinstance(value, str):
-            raise self.refusal(
-                "target_modules",
-                f"a list of module names or {ALL_LINEAR!r}; regular expressions can not be served",
-            )
-        return self._names("target_modules", value, "a list of module names")
+            for name in ("layers_to_transform", "layers_pattern"):
+                if not _says_nothing(self._fields.get(name)):
+                    expected = f"null beside target_modules {shorten(value)}, as in PEFT"
+                    raise self.refusal(name, expected)
+            if value.lower() == ALL_LINEAR:
+                return NamedModules(frozenset(LINEAR_MODULES))
+        return self._modules("target_modules", effort, f" or {ALL_LINEAR!r}")
 
-    def exclude_modules(self) -> tuple[str, ...]:
-        value = self._fields.get("exclude_modules")
-        if _says_nothing(value):
-            return ()
-        expected = "a list of module names; regular expressions can not be served"
-        return self._names("exclude_modules", value, expected)
+    def exclude_modules(self, effort: Effort) -> ModuleChoice:
+        if _says_nothing(self._fields.get("exclude_modules")):
+            return NamedModules(frozenset())
+        return self._modules("exclude_modules", effort)
 
-    def layers_to_transform(self) -> frozenset[int] | None:
-        pattern = self._fields.get("layers_pattern")
-        if not _says_nothing(pattern) and pattern not in ("layers", ["layers"]):
-            raise self.refusal("layers_pattern", "'layers'")
+    def layers_to_transform(self, effort: Effort) -> LayerChoice | None:
+        patterns = self._layers_patterns()
         value = self._fields.get("layers_to_transform")
+        if value is None and patterns:
+            raise self.refusal("layers_pattern", "null without layers_to_transform, as in PEFT")
         if value is None or value == []:
             return None
         layers = value if isinstance(value, list) else [value]
         if not all(type(layer) is int and layer >= 0 for layer in layers):
             raise self.refusal("layers_to_transform", "a layer's index or a list of them")
-        return frozenset(layers)
+        return LayerChoice.of(self._where, frozenset(layers), patterns, effort)
 
-    def _names(self, name: str, value: object, expected: str) -> tuple[str, ...]:
+    def _layers_patterns(self) -> tuple[str, ...]:
+        value = self._fields.get("layers_pattern")
+        if _says_nothing(value):
+            return ()
+        patterns = [value] if isinstance(value, str) else value
+        if not isinstance(patterns, list) or not all(isinstance(each, str) for each in patterns):
+            raise self.refusal("layers_pattern", "a name of layers or a list of them")
+        return tuple(patterns)
+
+    def _modules(
+        self, name: str, effort: Effort, or_else: str = ""
+    ) -> NamedModules | MatchedModules:
+        value = self._fields.get(name)
+        if isinstance(value, str):
+            return MatchedModules.of(self._where, name, value, effort)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.refusal(name, expected)
-        return tuple(value)
+            raise self.refusal(name, f"a list of module names, a regular expression{or_else}")
+        return NamedModules(frozenset(value))
+
+    def _object(self, name: str) -> dict[str, Any]:
+        value = self._fields.get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.refusal(name, "an object from module names to numbers")
+        return value
 
 
 def _shorten_name(name: str) -> str:
@@ -264,14 +282,3 @@ def _shorten_name(name: str) -> str:
 
 def _says_nothing(value: object) -> bool:
     return value is None or value is False or value in ([], {}, "")
-
-
-def _is_named(path: str, names: tuple[str, ...]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _first_match(patterns: dict[str, Value], path: str, default: Value) -> Value:
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default

@@ -30,6 +30,7 @@ from tools.client_commands import (
     unload_adapter,
 )
 from tools.http_client import HttpClient
+from tools.inspect_adapter import add_inspect_arguments, run_inspect
 from tools.serve import ReadyServer, ServePlan, add_serve_arguments, plan_server, serve
 from tools.timeline.command import add_timeline_arguments, run_timeline
 from tools.values import parse_count, parse_name_and_path, parse_number, parse_seconds, parse_seed
@@ -82,8 +83,8 @@ def make_parser() -> Parser:
 
     adapters = commands.add_parser(
         "adapters",
-        help="List, load, unload and prefetch a running server's adapters.",
-        description="Changes and shows which adapters a running server has.",
+        help="List, load, unload and prefetch a running server's adapters; inspect any.",
+        description="Changes and shows which adapters a running server has, or looks at one.",
     )
     actions = adapters.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="Show every adapter, and where its weights lie.")
@@ -110,6 +111,9 @@ def make_parser() -> Parser:
     prefetching.add_argument("names", nargs="+", metavar="NAME", help="An adapter's name.")
     _add_url(prefetching)
     prefetching.set_defaults(run=_prefetch_adapters)
+    inspecting = actions.add_parser("inspect", help="Look at an adapter's files, without a server.")
+    add_inspect_arguments(inspecting)
+    inspecting.set_defaults(run=_inspect_adapter)
 
     generating = commands.add_parser(
         "generate",
@@ -210,10 +214,13 @@ def _client(arguments: argparse.Namespace) -> HttpClient:
     return HttpClient(arguments.url, arguments.timeout)
 
 
-def _list_adapters(arguments: argparse.Namespace) -> int:
+def _table_console() -> Console:
     # Paths stay whole for whatever reads them from a pipe.
-    console = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
-    list_adapters(_client(arguments), console)
+    return Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+
+
+def _list_adapters(arguments: argparse.Namespace) -> int:
+    list_adapters(_client(arguments), _table_console())
     return 0
 
 
@@ -234,6 +241,10 @@ def _prefetch_adapters(arguments: argparse.Namespace) -> int:
     for name, level in prefetch_adapters(_client(arguments), arguments.names).items():
         print(f"{name} lies in {level}")
     return 0
+
+
+def _inspect_adapter(arguments: argparse.Namespace) -> int:
+    return run_inspect(arguments, _table_console())
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -67,9 +67,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 class Oracle:
-    """What transformers and peft answer for one base model and all of ``ADAPTERS``."""
+    """What transformers and peft answer for one base model and all of its ``adapters``."""
 
-    def __init__(self, family: str, folder: Path) -> None:
+    def __init__(
+        self, family: str, folder: Path, adapters: dict[str, dict[str, Any]] = ADAPTERS
+    ) -> None:
         """Makes the model, saves its base in ``folder``."""
         config_class, fields = FAMILIES[family]
         torch.manual_seed(sum(family.encode()))
@@ -80,7 +82,7 @@ class Oracle:
                 around = 1.0 if "norm" in name else 0.0
                 parameter.normal_(around, 0.2)
         model.save_pretrained(folder)
-        self._model = _with_adapters(model)
+        self._model = _with_adapters(model, adapters)
         self._logits: dict[tuple[str | None, tuple[int, ...]], Tensor] = {}
 
     @property
@@ -91,6 +93,10 @@ class Oracle:
             for path, module in self._model.named_modules()
             if isinstance(module, LoraLayer)
         }
+
+    def save_adapters(self, folder: Path) -> None:
+        """Writes a PEFT folder for each adapter, by its name."""
+        self._model.save_pretrained(folder)
 
     def logits(self, adapter: str | None, token_ids: list[int]) -> Tensor:
         """``[num_tokens, vocab]`` of one sequence alone; ``adapter`` None is the base."""
@@ -111,10 +117,10 @@ class Oracle:
             return answer
 
 
-def _with_adapters(model: torch.nn.Module) -> Any:
+def _with_adapters(model: torch.nn.Module, adapters: dict[str, dict[str, Any]]) -> Any:
     configs = {
         name: LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **chosen)
-        for name, chosen in ADAPTERS.items()
+        for name, chosen in adapters.items()
     }
     with warnings.catch_warnings():
         # Peft asks transformers for attributes that the latter is about to rename.

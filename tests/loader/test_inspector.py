@@ -118,6 +118,11 @@ def test_adapter_of_some_layers_has_empty_stages_elsewhere(tmp_path: Path) -> No
             {A_OF_Q.replace("lora_A.weight", "lora_magnitude_vector"): zeros(64)},
             "is of DoRA, which can not be served",
         ),
+        (
+            {A_OF_Q.replace("lora_A.weight", "base_layer.bias"): zeros(64)},
+            "bias is 'none', and adapter_model.safetensors holds the bias 'base_model.model.model."
+            "layers.1.self_attn.q_proj.base_layer.bias': trained biases can not be served",
+        ),
         ({f"{A_OF_Q}.absmax": zeros(64)}, "is of a quantized tensor, which can not be served"),
     ],
 )
@@ -147,18 +152,20 @@ def test_adapter_without_a_known_target_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r"(model\..*_proj|lm_head)"])
+def test_adapter_of_the_head_is_refused_by_its_target(tmp_path: Path, targets: object) -> None:
+    config = config_fields(target_modules=targets)
+    assert "which targets lm_head, the output head: a pair of it can not be served" in refusal(
+        write_folder(tmp_path / "a", random_tensors(BASE), config)
+    )
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     tensors = random_tensors(BASE)
     assert "has no adapter_config.json" in refusal(write_folder(tmp_path / "a", tensors, None))
     assert "has no adapter_model.safetensors" in refusal(
         write_folder(tmp_path / "b", None, config_fields())
     )
-
-
-def test_pickle_is_refused(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "a", None, config_fields())
-    (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    assert "has adapter_model.bin, a pickle, which can run code" in refusal(folder)
 
 
 def test_gguf_is_refused(tmp_path: Path) -> None:

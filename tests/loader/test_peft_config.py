@@ -59,6 +59,8 @@ def test_scaling_of_rslora_is_alpha_over_the_root_of_the_rank() -> None:
         {"^model.layers.0.self_attn.q_proj": 2},
         {"layers..0.self_attn.q_proj": 2},
         {"proj": 2},
+        {r"[qk]_proj": 2, r"layers\.\d+\.mlp\..*": 3, ".*": 5},
+        {r"layers\.1.?\.self_attn\.(q|v)_proj$": 2, r"\bup_proj": 3},
         {},
         None,
     ],
@@ -83,6 +85,17 @@ def test_patterns_match_as_in_peft(pattern: dict[str, int] | None) -> None:
         {"target_modules": ["q_proj"], "layers_to_transform": []},
         {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
         {"target_modules": [PATHS[0], "v_proj"], "layers_to_transform": [10]},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": r"q_proj"},
+        {"target_modules": r"model\.layers\.1\d\..*", "exclude_modules": r".*\.v_proj"},
+        {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": ["h", "l.*s"]},
+        {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "h"},
+        {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "model.layers"},
+        {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "ayers"},
+        {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "model"},
+        {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layer"},
+        {"target_modules": ["v_proj"], "layers_to_transform": 1, "layers_pattern": r"layers\.1"},
+        {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "(?:a|layers)"},
     ],
 )
 def test_modules_are_targeted_as_in_peft(fields: dict[str, object]) -> None:
@@ -91,8 +104,40 @@ def test_modules_are_targeted_as_in_peft(fields: dict[str, object]) -> None:
     if isinstance(oracle.target_modules, set):
         oracle.target_modules = sorted(oracle.target_modules)
     for path in PATHS:
-        expected = check_target_module_exists(oracle, path) is True
+        # A match where the modules are given by a pattern, an object that is false if excluded.
+        expected = bool(check_target_module_exists(oracle, path))
         assert config.is_targeted(path, int(path.split(".")[2])) is expected, path
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only", None])
+def test_biases_are_left_to_the_tensors(bias: str | None) -> None:
+    assert parse(bias=bias).bias == (bias or "none")
+
+
+def test_a_layer_of_no_decoder_layer_is_targeted_only_by_its_whole_path() -> None:
+    targets = ["lm_head", "embed_tokens"]
+    config = parse(target_modules=targets, layers_to_transform=[0])
+    assert config.is_targeted("lm_head", None)
+    assert not config.is_targeted("model.embed_tokens", None)
+    assert parse(target_modules=targets).is_targeted("model.embed_tokens", None)
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_that_takes_too_long_is_refused_by_its_field(name: str) -> None:
+    slow = "|".join([".*"] * 5_000)
+    config = parse(**{name: {slow: 1} if name == "rank_pattern" else slow})
+    with pytest.raises(AdapterInvalid) as caught:
+        for layer in range(128):
+            path = f"model.layers.{layer}.self_attn.q_proj"
+            config.is_targeted(path, layer)
+            config.rank_of(path)
+    expected = f"{WHERE}: {name}: this regular expression can not be served: it takes too long"
+    assert caught.value.message.startswith(expected)
+
+
+def test_a_pattern_of_absurd_length_is_refused_unread() -> None:
+    expected = "target_modules: this regular expression can not be served: it takes too long"
+    assert expected in refusal(target_modules="[" + "a" * 1_000_000)
 
 
 def test_all_linear_targets_every_linear_layer() -> None:
@@ -106,15 +151,24 @@ def test_all_linear_targets_every_linear_layer() -> None:
     [
         ({"use_dora": True}, "use_dora is True, expected null, false or empty: DoRA can not be"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], expected null"),
-        ({"bias": "all"}, "bias is 'all', expected None or 'none'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True, expected None or False"),
+        ({"bias": "some"}, "bias is 'some', expected None or 'none' or 'all' or 'lora_only'"),
+        ({"fan_in_fan_out": 1}, "fan_in_fan_out is 1, expected None or False or True"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS', expected None or 'CAUSAL_LM'"),
-        ({"target_modules": ".*q_proj"}, "target_modules is '.*q_proj', expected a list of module"),
+        (
+            {"target_modules": "(?=.*)q"},
+            "target_modules: this regular expression can not be served: '(?=.*)q' has a group of",
+        ),
+        (
+            {"target_modules": 3},
+            "is 3, expected a list of module names, a regular expression or 'a",
+        ),
         ({"target_modules": None}, "target_modules is None, expected a list of module names"),
         ({"target_modules": ["q", 1]}, "target_modules is ['q', 1], expected a list of module"),
-        ({"exclude_modules": ".*"}, "exclude_modules is '.*', expected a list of module names"),
-        ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern has the key '(a+)+$', expected a module's"),
+        ({"exclude_modules": "a**"}, "exclude_modules: this regular expression can not be served"),
+        ({"exclude_modules": {"a": 1}}, "exclude_modules is {'a': 1}, expected a list of module"),
+        ({"rank_pattern": {"a)|(b": 4}}, "rank_pattern: this regular expression can not be served"),
+        ({"alpha_pattern": {"(a{999}){999}": 4}}, "can not be served: it takes too long to match"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0, expected a whole number"),
         ({"alpha_pattern": ["q"]}, "alpha_pattern is ['q'], expected an object from module names"),
         ({"rank": 0}, "r is 0, expected a whole number greater than 0"),
@@ -125,7 +179,22 @@ def test_all_linear_targets_every_linear_layer() -> None:
         ({"use_rslora": "yes"}, "use_rslora is 'yes', expected None or False or True"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', expected"),
         ({"init_lora_weights": "corda"}, "must be converted when it is saved"),
-        ({"layers_pattern": "h", "layers_to_transform": [0]}, "layers_pattern is 'h', expected"),
+        (
+            {"layers_pattern": "h"},
+            "layers_pattern is 'h', expected null without layers_to_transform",
+        ),
+        (
+            {"layers_pattern": "h|layers", "layers_to_transform": 0},
+            "layers_pattern: this regular expression can not be served: 'h|layers' has a '|' outs",
+        ),
+        (
+            {"layers_pattern": [0], "layers_to_transform": 0},
+            "layers_pattern is [0], expected a name of layers or a list of them",
+        ),
+        (
+            {"layers_pattern": "h", "target_modules": ".*"},
+            "layers_pattern is 'h', expected null beside target_modules '.*', as in PEFT",
+        ),
         ({"layers_to_transform": [-1]}, "layers_to_transform is [-1], expected a layer's index"),
         ({"layers_to_transform": [0], "target_modules": "all-linear"}, "as in PEFT"),
         ({"brand_new": 1}, "brand_new is 1, expected null, false or empty: a field unknown to"),
@@ -154,7 +223,7 @@ def test_what_peft_itself_writes_is_accepted() -> None:
     ).to_dict()
     written["target_modules"] = sorted(written["target_modules"])
     config = parse_config(json.dumps(written).encode(), WHERE)
-    assert config.target_modules == ("q_proj",)
+    assert config == parse(rank=8, lora_alpha=16, target_modules=["q_proj"])
 
 
 def test_mutated_configurations_are_read_or_refused() -> None:

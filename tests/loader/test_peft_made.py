@@ -1,5 +1,6 @@
 """Adapters that PEFT itself makes and saves become the images and scalings that PEFT computes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,12 @@ import torch
 import transformers
 
 from ipc.base_model import LINEAR_GROUPS, BaseModel, DType
-from ipc.messages import AdapterId, AdapterSource, Manifest
+from ipc.errors import AdapterInvalid
+from ipc.messages import AdapterId, Manifest
 from loader.adapter_files import AdapterFolders
-from loader.blocks import cut
-from loader.host_tier import HostTier
 from loader.inspector import Inspector
-from loader.shared_blocks import BlockReader, SharedBlocks
 from tests.adapters import ALL_MODULES, TORCH_DTYPES, base_model, make_old
+from tests.loader.images import HOST_TIER_BYTES, read_image
 
 NUM_LAYERS = 3
 HIDDEN_SIZE = 64
@@ -40,7 +40,7 @@ def base(dtype: DType) -> BaseModel:
 def make(config: Any, folder: Path, dtype: torch.dtype, **fields: Any) -> Any:
     """A PEFT model of random weights, saved in ``folder``."""
     torch.manual_seed(7)
-    model = transformers.LlamaForCausalLM(config).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     lora = peft.LoraConfig(
         task_type="CAUSAL_LM", **{"lora_alpha": 12, "init_lora_weights": False} | fields
     )
@@ -52,15 +52,9 @@ def make(config: Any, folder: Path, dtype: torch.dtype, **fields: Any) -> Any:
 
 def inspect(folder: Path, dtype: DType) -> tuple[Manifest, bytes]:
     """The manifest and the image that the loader makes."""
-    inspector = Inspector(AdapterFolders([str(folder)], None), base(dtype), 64, 1 << 22)
+    inspector = Inspector(AdapterFolders([str(folder)], None), base(dtype), 64, HOST_TIER_BYTES)
     manifest = inspector.inspect(AdapterId(1), str(folder))
-    adapter = inspector.open(AdapterSource(manifest.path, manifest.generation))
-    image = HostTier(1 << 22).reserve(manifest.generation, adapter.plan.layout, [])
-    assert image is not None
-    blocks = SharedBlocks(cut(adapter.plan, 10_000))
-    BlockReader().read(blocks, image, adapter.files, adapter.plan)
-    adapter.files.close()
-    return manifest, b"".join(image.views(0, image.num_bytes))
+    return manifest, read_image(inspector, manifest)
 
 
 def pairs(adapted: Any) -> dict[tuple[int, str], Any]:
@@ -126,6 +120,23 @@ def test_image_holds_pefts_weights_in_the_models_dtype(
             "use_rslora": True,
         },
         {"r": 8, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+        {"r": 4, "target_modules": r".*\.(self_attn|mlp)\.(q|up)_proj"},
+        {"r": 4, "target_modules": "all-linear", "exclude_modules": r".*layers\.[02]\..*"},
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [1, 2],
+            "layers_pattern": ["h", "(?:blocks|layers)"],
+        },
+        {
+            "r": 4,
+            "lora_alpha": 3,
+            "target_modules": ["q_proj", "v_proj", "down_proj"],
+            "rank_pattern": {r"layers\.[12]\.self_attn\.(q|v)_proj": 2, r"(down|o)_proj$": 6},
+            "alpha_pattern": {r"^model\.layers\.\d+\.mlp.*": 5},
+        },
+        {"r": 4, "target_modules": ["q_proj"], "bias": "all"},
+        {"r": 4, "target_modules": ["q_proj"], "bias": "lora_only"},
     ],
 )
 def test_every_module_has_pefts_rank_and_scaling(
@@ -138,3 +149,33 @@ def test_every_module_has_pefts_rank_and_scaling(
         for place, layer in pairs(adapted).items()
     }
     assert image == image_of(adapted, DType.FLOAT32)
+
+
+def test_fan_in_fan_out_has_no_effect_beside_linear_layers(config: Any, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to False"):
+        adapted = make(
+            config, tmp_path, torch.float32, fan_in_fan_out=True, target_modules=["q_proj"]
+        )
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"fan_in_fan_out": True}))
+    make_old(tmp_path)
+    _, image = inspect(tmp_path, DType.FLOAT32)
+    assert image == image_of(adapted, DType.FLOAT32)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_refused(tmp_path: Path, bias: str) -> None:
+    config = transformers.Qwen2Config(
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=96,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
+    make(config, tmp_path, torch.float32, target_modules=["q_proj"], bias=bias)
+    with pytest.raises(AdapterInvalid) as caught:
+        inspect(tmp_path, DType.FLOAT32)
+    assert caught.value.param == "bias"
+    assert f"bias is {bias!r}, and adapter_model.safetensors holds the bias" in caught.value.message

@@ -1,0 +1,85 @@
+"""The base model that an adapter is looked at with: a folder's, or what its own tensors tell."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from engine.models.config import read_model_config
+from ipc.base_model import LINEAR_GROUPS, BaseModel, DType, LinearShape
+from loader.adapter_files import AdapterFolders
+from loader.peft_files import find_files
+from loader.safetensors_header import FileTensor, parse_header, read_header
+
+# What models are served in by default, most of them on a GPU.
+DEFAULT_DTYPE = DType.BFLOAT16
+
+_ATTENTION = {*LINEAR_GROUPS[0], *LINEAR_GROUPS[1]}
+_PATHS = {
+    name: f"{'self_attn' if name in _ATTENTION else 'mlp'}.{name}"
+    for group in LINEAR_GROUPS
+    for name in group
+}
+_LINEAR = re.compile(
+    r"base_model\.model\.model\.layers\.([0-9]{1,3})\.\w+\.(\w+)\.(lora_A|lora_B)\.weight"
+)
+
+
+def base_of_model(folder: Path, dtype: DType | None) -> BaseModel:
+    """The model in ``folder``, in ``dtype`` or its own.
+
+    Raises:
+        InvalidRequest: there is none, or one that can not be served.
+    """
+    config = read_model_config(folder)
+    return config.base_model(dtype or config.dtype)
+
+
+def base_of_adapter(folders: AdapterFolders, path: str, dtype: DType | None) -> BaseModel:
+    """The base that the tensors of the PEFT folder at ``path`` would fit, as far as they tell.
+
+    It has as many layers as they name, and linear layers of the first sizes that they give; one
+    that has no tensors is of size 1.
+
+    Raises:
+        SidestreamError: the files can not be found or read.
+    """
+    folder = folders.resolve(path)
+    files = folders.open(folder, find_files(folder))
+    try:
+        tensors: list[FileTensor] = []
+        for fd, identity in zip(files.fds, files.identities, strict=True):
+            if identity.name.endswith(".safetensors"):
+                header = read_header(fd, identity.num_bytes, identity.name)
+                tensors.extend(parse_header(header, identity.num_bytes, identity.name))
+    finally:
+        files.close()
+    return base_of_tensors(tensors, dtype)
+
+
+def base_of_tensors(tensors: Iterable[FileTensor], dtype: DType | None) -> BaseModel:
+    """As ``base_of_adapter``, from what the headers say."""
+    in_features: dict[str, int] = {}
+    out_features: dict[str, int] = {}
+    num_layers = 1
+    for tensor in tensors:
+        match = _LINEAR.fullmatch(tensor.name)
+        if match is None or len(tensor.shape) != 2:
+            continue
+        num_layers = max(num_layers, int(match[1]) + 1)
+        if match[3] == "lora_A":
+            in_features.setdefault(match[2], tensor.shape[1])
+        else:
+            out_features.setdefault(match[2], tensor.shape[0])
+    return BaseModel(
+        architecture="unknown",
+        num_layers=num_layers,
+        hidden_size=in_features.get("q_proj", 1),
+        vocab_size=1,
+        num_heads=1,
+        num_kv_heads=1,
+        dtype=dtype or DEFAULT_DTYPE,
+        linears=tuple(
+            LinearShape(name, path, in_features.get(name, 1), out_features.get(name, 1))
+            for name, path in _PATHS.items()
+        ),
+    )

@@ -1,0 +1,164 @@
+"""``sidestream adapters inspect``: what a server would make of an adapter, without a server."""
+
+import argparse
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ipc.base_model import LINEAR_MODULES, BaseModel, DType
+from ipc.image import align, layout_image
+from ipc.messages import AdapterId, Manifest
+from loader.adapter_files import AdapterFolders
+from loader.inspector import Inspector
+from tools.adapter_base import DEFAULT_DTYPE, base_of_adapter, base_of_model
+from tools.options.adapters import ADAPTERS
+from tools.values import choices, parse_choice
+
+_MAX_LORA_RANK, _HOST_TIER_MEMORY = (
+    next(option for option in ADAPTERS if option.flag == flag)
+    for flag in ("--max-lora-rank", "--host-tier-memory")
+)
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """What an adapter adds to one kind of module, in all ``layers`` in which it adds the same.
+
+    ``pool_bytes`` is what that takes in the pool, in all these layers together.
+    """
+
+    module: str
+    layers: tuple[int, ...]
+    rank: int
+    scaling: float
+    pool_bytes: int
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every argument of ``sidestream adapters inspect``."""
+    parser.description = (
+        "Says what an adapter is and what it would take, or why a server would refuse it; exit"
+        " status 1 then. No server has to run."
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="The adapter's folder.")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="The base model to check it against (default: what the adapter's own tensors tell).",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=parse_choice(DType),
+        metavar=choices(DType),
+        help="What the model computes in (default: the model's own dtype, without a model"
+        f" {DEFAULT_DTYPE.value}).",
+    )
+    for option in (_MAX_LORA_RANK, _HOST_TIER_MEMORY):
+        parser.add_argument(option.flag, **option.argparse_keywords)
+
+
+def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
+    """Prints the adapter's manifest.
+
+    Raises:
+        SidestreamError: a server would refuse the adapter, or there is no such adapter or model.
+    """
+    path = str(arguments.path.absolute())
+    # A server's roots keep tenants apart; whoever runs this may read what they may read.
+    folders = AdapterFolders(["/"], None)
+    if arguments.model is None:
+        base = base_of_adapter(folders, path, arguments.dtype)
+    else:
+        base = base_of_model(arguments.model, arguments.dtype)
+    max_lora_rank, host_tier_bytes = (
+        getattr(arguments, option.dest, option.default)
+        for option in (_MAX_LORA_RANK, _HOST_TIER_MEMORY)
+    )
+    inspector = Inspector(folders, base, max_lora_rank, host_tier_bytes)
+    manifest = inspector.inspect(AdapterId(0), path)
+    print_manifest(manifest, base, arguments.model, console)
+    return 0
+
+
+def module_rows(manifest: Manifest, base: BaseModel) -> list[ModuleRow]:
+    """The adapter's modules, in the order of ``LINEAR_MODULES``, alike ones together."""
+    num_bytes = {
+        (stage, module): sum(align(e.num_bytes) for e in layout.entries if e.module == module)
+        for stage, layout in enumerate(layout_image(base, manifest.modules).stages)
+        for module in LINEAR_MODULES
+    }
+    ordered = sorted(
+        (LINEAR_MODULES.index(module.module), -module.rank, module.scaling, module.stage)
+        for module in manifest.modules
+    )
+    rows = []
+    for (index, negative_rank, scaling), alike in groupby(ordered, lambda each: each[:3]):
+        stages = [stage for *_, stage in alike]
+        name = LINEAR_MODULES[index]
+        pool_bytes = sum(num_bytes[stage, name] for stage in stages)
+        # Stage 0 is the embedding's.
+        layers = tuple(stage - base.layer_stage(0) for stage in stages)
+        rows.append(ModuleRow(name, layers, -negative_rank, scaling, pool_bytes))
+    return rows
+
+
+def print_manifest(
+    manifest: Manifest, base: BaseModel, model: Path | None, console: Console
+) -> None:
+    """Prints what the adapter is, then a row for each kind of module; ``model`` names the base."""
+    rows = module_rows(manifest, base)
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    facts.add_column("")
+    facts.add_column("", overflow="fold")
+    of_base = "as its tensors tell; --model checks it" if model is None else str(model)
+    ranks = sorted({row.rank for row in rows})
+    for name, value in (
+        ("adapter", manifest.path),
+        ("format", manifest.format),
+        ("base", f"{base.num_layers} layers, {of_base}"),
+        ("modules", str(len(manifest.modules))),
+        ("ranks", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"),
+        ("on disk", f"{format_bytes(manifest.file_bytes)} of tensors"),
+        ("in the pool", f"{format_bytes(manifest.image_bytes)} in {base.dtype.value}"),
+    ):
+        facts.add_row(name, escape(value))
+    console.print(facts)
+    console.print()
+    table = Table(box=None, pad_edge=False)
+    table.add_column("module")
+    table.add_column("layers", overflow="fold")
+    for title in ("rank", "scaling", "in the pool"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.module,
+            format_ranges(row.layers),
+            str(row.rank),
+            f"{row.scaling:g}",
+            format_bytes(row.pool_bytes),
+        )
+    console.print(table)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """``83.9 MB``, ``1.3 GB``, ``640 B``."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def format_ranges(numbers: tuple[int, ...]) -> str:
+    """``0-3, 7`` for rising ``numbers``."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    return ", ".join(str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges)
