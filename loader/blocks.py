@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.image import align
-from loader.native.runs import FILE_FORMATS, IMAGE_FORMATS, RUN, conversion_of
+from loader.native.runs import IMAGE_FORMATS, RUN, conversion_of
 from loader.plan import AdapterPlan
+from loader.scales import TensorScales
 
 # Smaller blocks cost more in waking threads than they gain in keeping all of them busy.
 _LEAST_BLOCK_BYTES = 2 << 20
@@ -34,12 +35,14 @@ class BlockTable:
     """All blocks of an image, in order, as compiled code reads them.
 
     Block ``b`` is ``[starts[b], starts[b + 1])`` of the image, and has the records
-    ``[first_runs[b], first_runs[b + 1])`` of ``runs``: both are ``[num_blocks + 1] int64``.
+    ``[first_runs[b], first_runs[b + 1])`` of ``runs``: both are ``[num_blocks + 1] int64``. A run's
+    scaling 0 is none, the others are those of ``scales``, counted from 1.
     """
 
     starts: NDArray[np.int64]
     first_runs: NDArray[np.int64]
     runs: NDArray[np.void]
+    scales: tuple[TensorScales, ...]
 
     @property
     def num_blocks(self) -> int:
@@ -81,20 +84,24 @@ def cut(plan: AdapterPlan, block_bytes: int) -> BlockTable:
         np.cumsum([0, *map(len, groups)], dtype=np.int64),
         # Far faster than to have every tuple made into a record.
         np.array(fields, np.int64).view(RUN).reshape(-1),
+        tuple(tensor.scales for tensor in plan.tensors if tensor.scales is not None),
     )
 
 
 def _pieces(plan: AdapterPlan, block_bytes: int) -> Iterator[_Piece]:
     target = IMAGE_FORMATS[plan.dtype]
-    # Looked up for every tensor, members of enumerations would take most of the time.
-    conversions = {
-        dtype.value: (conversion_of(source, target), source.num_bytes)
-        for dtype, source in FILE_FORMATS.items()
+    # Looked up for every tensor, properties of enumerations would take most of the time.
+    facts = {
+        source: (conversion_of(source, target), source.unit_values, source.unit_bytes)
+        for source in {tensor.format for tensor in plan.tensors}
     }
+    num_scales = 0
     for index, tensor in enumerate(plan.tensors):
-        entry = tensor.entry
-        conversion, value_bytes = conversions[tensor.dtype.value]
-        file_row_bytes = tensor.columns * value_bytes
+        entry, scaling = tensor.entry, 0
+        conversion, unit_values, unit_bytes = facts[tensor.format]
+        file_row_bytes = tensor.columns // unit_values * unit_bytes
+        if tensor.scales is not None:
+            scaling = num_scales = num_scales + 1
         row_bytes = entry.num_bytes // entry.rows
         begin = plan.layout.stages[tensor.stage].offset + entry.offset
         num_rows = max(1, block_bytes // row_bytes)
@@ -109,6 +116,8 @@ def _pieces(plan: AdapterPlan, block_bytes: int) -> Iterator[_Piece]:
                 tensor.file_offset + first * file_row_bytes,
                 index,
                 conversion,
+                scaling,
+                first * tensor.columns,
                 rows,
                 tensor.columns,
                 tensor.stage,

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ipc.base_model import BaseModel
 from ipc.errors import AdapterInvalid
@@ -21,7 +22,9 @@ from loader.peft_adapter import plan_adapter
 from loader.peft_config import parse_config
 from loader.peft_files import CONFIG_NAME, TensorFile, check_index, find_files
 from loader.plan import AdapterPlan
+from loader.quantized import TOLD_WHEN_INSPECTED
 from loader.safetensors_header import MAX_HEADER_BYTES, parse_header, read_header
+from loader.scales import StoredTensor, read_told
 
 MAX_CONFIG_BYTES = 1 << 20
 # A plan takes up to some hundreds of kilobytes, and some milliseconds to make again. Adapters whose
@@ -129,7 +132,7 @@ class Inspector:
         texts = [_read_whole(files, index) for index in _texts(files)]
         headers = _read_headers(files)
         digest = hashlib.blake2b(digest_size=16)
-        for part in (*texts, *headers):
+        for part in (*texts, *headers, *_told_apart(files, headers)):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
         key = (digest.hexdigest(), _tensor_bytes(files))
@@ -141,13 +144,11 @@ class Inspector:
 
     def _plan(self, files: AdapterFiles, texts: list[bytes], headers: list[bytes]) -> AdapterPlan:
         config = parse_config(texts[0], CONFIG_NAME)
-        tensor_files = [
-            TensorFile(index, name, parse_header(header, num_bytes, name))
-            for (index, name, num_bytes), header in zip(_tensors(files), headers, strict=True)
-        ]
+        tensor_files = _parsed(files, headers)
         for index_text in texts[1:]:
             check_index(index_text, tensor_files)
-        plan = plan_adapter(config, tensor_files, self.base, self.max_lora_rank)
+        read = partial(read_told, fds=files.fds)
+        plan = plan_adapter(config, tensor_files, self.base, self.max_lora_rank, read)
         if plan.layout.num_bytes > self._host_tier_bytes:
             raise AdapterInvalid(
                 f"{files.folder}: its image takes {plan.layout.num_bytes} bytes, more than all of"
@@ -203,6 +204,27 @@ def _read_headers(files: AdapterFiles) -> list[bytes]:
                 f"{files.folder}: its shards' headers have more than {MAX_HEADER_BYTES} bytes"
             )
     return headers
+
+
+def _parsed(files: AdapterFiles, headers: list[bytes]) -> list[TensorFile]:
+    return [
+        TensorFile(index, name, parse_header(header, num_bytes, name))
+        for (index, name, num_bytes), header in zip(_tensors(files), headers, strict=True)
+    ]
+
+
+def _told_apart(files: AdapterFiles, headers: list[bytes]) -> list[bytes]:
+    """The tensors that a plan depends on beyond the headers: those of some quantized formats."""
+    marks = [name.encode() for name in TOLD_WHEN_INSPECTED]
+    if not any(mark in header for mark in marks for header in headers):
+        return []
+    told = [
+        StoredTensor(file.index, file.name, tensor)
+        for file in _parsed(files, headers)
+        for tensor in file.tensors
+        if tensor.name.endswith(TOLD_WHEN_INSPECTED)
+    ]
+    return [read_told(stored, files.fds) for stored in told]
 
 
 def _read_whole(files: AdapterFiles, index: int) -> bytes:

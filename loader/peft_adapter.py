@@ -1,9 +1,10 @@
 """Turns a PEFT folder's configuration and tensor header into a plan, or says what is wrong.
 
 A tensor is called ``base_model.model.<module path>.lora_A.weight`` (``[r, in]``) or
-``.lora_B.weight`` (``[out, r]``). Every tensor must belong to a module that the configuration
-targets, and every targeted module must have its two. In which of the adapter's files a tensor
-stands has no meaning.
+``.lora_B.weight`` (``[out, r]``); what describes it where it is quantized begins with the same name
+(``loader.quantized``). Every tensor must belong to a module that the configuration targets, and
+every targeted module must have its two. In which of the adapter's files a tensor stands has no
+meaning.
 
 Source: ``get_peft_model_state_dict`` of PEFT 0.21.
 """
@@ -18,14 +19,13 @@ from ipc.image import AdapterModule, EntryKind, layout_image
 from loader.peft_config import PeftConfig
 from loader.peft_files import CONFIG_NAME, INDEX_NAME, TensorFile
 from loader.plan import AdapterPlan, TensorPlan
-from loader.safetensors_header import FileTensor, TensorDType
+from loader.quantized import Encoding, ReadSmall, encoding_of
+from loader.scales import StoredTensor
 from loader.strict_json import shorten
 
 FORMAT = "peft"
 
-READABLE_DTYPES = (TensorDType.F32, TensorDType.F16, TensorDType.BF16)
-
-_TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.weight")
+_TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.(.+)")
 _KINDS = {"lora_A": EntryKind.LORA_A, "lora_B": EntryKind.LORA_B}
 # What tensors that can not be served are, by a part of their names.
 _UNSERVED = {
@@ -33,22 +33,13 @@ _UNSERVED = {
     "lora_magnitude_vector": "DoRA",
     "embed_tokens": "an embedding",
     "lm_head": "the output head",
-    "absmax": "a quantized tensor",
-    "quant_": "a quantized tensor",
-    "weight_scale": "a quantized tensor",
-    "weight_packed": "a quantized tensor",
-    ".SCB": "a quantized tensor",
 }
 # Beside the linear layers, what PEFT can put a pair at.
 _UNSERVED_MODULES = {"model.embed_tokens": "the embedding", "lm_head": "the output head"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor, and the file that holds it."""
-
-    file: TensorFile
-    tensor: FileTensor
+Parts = dict[str, StoredTensor]
+"""One of a module's two tensors, and what describes it, by the rest of their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +60,11 @@ def plan_adapter(
     files: Sequence[TensorFile],
     base: BaseModel,
     max_lora_rank: int,
+    read: ReadSmall,
 ) -> AdapterPlan:
     """The plan of an adapter whose tensors are those of ``files``.
+
+    ``read`` is as for ``encoding_of``.
 
     Raises:
         AdapterInvalid: a tensor is unknown, missing or misshapen, or a rank is too high.
@@ -83,12 +77,16 @@ def plan_adapter(
                 f" {meaning}: a pair of it can not be served",
                 param="target_modules",
             )
-    pairs: dict[str, dict[EntryKind, _Stored]] = {}
     known = {module.path: module for module in _modules(base)}
-    for file in files:
-        for tensor in file.tensors:
-            path, kind = _place(tensor, file.name, config, known, base)
-            pairs.setdefault(path, {})[kind] = _Stored(file, tensor)
+    parts, others = gather(files)
+    for stored in others:
+        raise _misplaced(stored, config, base)
+    pairs: dict[str, dict[EntryKind, Encoding]] = {}
+    for (path, kind), of_tensor in parts.items():
+        for stored in of_tensor.values():
+            if path not in known or stored.tensor.name.endswith(".bias"):
+                raise _misplaced(stored, config, base)
+        pairs.setdefault(path, {})[kind] = encoding_of(of_tensor, read)
 
     modules = []
     for path, module in known.items():
@@ -120,19 +118,19 @@ def plan_adapter(
     plans = []
     for stage_index, stage in enumerate(layout.stages):
         for entry in stage.entries:
-            stored = pairs[paths[stage_index, entry.module]][entry.kind]
-            tensor = stored.tensor
-            rows, columns = tensor.shape
+            encoding = pairs[paths[stage_index, entry.module]][entry.kind]
+            values = encoding.values
             plans.append(
                 TensorPlan(
-                    tensor.name,
-                    stored.file.index,
-                    tensor.offset,
-                    tensor.dtype,
-                    rows,
-                    columns,
+                    values.tensor.name,
+                    values.file,
+                    values.tensor.offset,
+                    encoding.format,
+                    encoding.rows,
+                    encoding.columns,
                     stage_index,
                     entry,
+                    encoding.scales,
                 )
             )
     return AdapterPlan(FORMAT, tuple(modules), layout, base.dtype, tuple(plans))
@@ -144,43 +142,47 @@ def _modules(base: BaseModel) -> Iterator[_Module]:
             yield _Module(f"model.layers.{layer}.{shape.path}", layer, shape)
 
 
-def _place(
-    tensor: FileTensor,
-    where: str,
-    config: PeftConfig,
-    known: dict[str, _Module],
-    base: BaseModel,
-) -> tuple[str, EntryKind]:
-    match = _TENSOR_NAME.fullmatch(tensor.name)
-    if match is None or match[1] not in known:
-        if tensor.name.endswith(".bias"):
-            raise AdapterInvalid(
-                f"{CONFIG_NAME}: bias is {config.bias!r}, and {where} holds the bias"
-                f" {shorten(tensor.name, 160)}: trained biases can not be served",
-                param="bias",
+def gather(
+    files: Sequence[TensorFile],
+) -> tuple[dict[tuple[str, EntryKind], Parts], list[StoredTensor]]:
+    """The tensors of low-rank pairs, by module and which of the two they are of; and all others."""
+    parts: dict[tuple[str, EntryKind], Parts] = {}
+    others = []
+    for file in files:
+        for tensor in file.tensors:
+            stored = StoredTensor(file.index, file.name, tensor)
+            match = _TENSOR_NAME.fullmatch(tensor.name)
+            if match is None:
+                others.append(stored)
+            else:
+                parts.setdefault((match[1], _KINDS[match[2]]), {})[match[3]] = stored
+    return parts, others
+
+
+def _misplaced(stored: StoredTensor, config: PeftConfig, base: BaseModel) -> AdapterInvalid:
+    """Why a tensor can not be served that is of no linear layer's pair."""
+    name, where = stored.tensor.name, stored.file_name
+    if name.endswith(".bias"):
+        return AdapterInvalid(
+            f"{CONFIG_NAME}: bias is {config.bias!r}, and {where} holds the bias"
+            f" {shorten(name, 160)}: trained biases can not be served",
+            param="bias",
+        )
+    for part, meaning in _UNSERVED.items():
+        if part in name:
+            return AdapterInvalid(
+                f"{where}: tensor {shorten(name, 160)} is of {meaning}, which can not be served"
             )
-        for part, meaning in _UNSERVED.items():
-            if part in tensor.name:
-                raise AdapterInvalid(
-                    f"{where}: tensor {shorten(tensor.name, 160)} is of {meaning}, which"
-                    " can not be served"
-                )
-        raise AdapterInvalid(
-            f"{where}: tensor {shorten(tensor.name, 160)} is of no module of the base;"
-            f" expected base_model.model.model.layers.N.<linear layer>.lora_A.weight or"
-            f" .lora_B.weight with N below {base.num_layers}"
-        )
-    if tensor.dtype not in READABLE_DTYPES:
-        raise AdapterInvalid(
-            f"{where}: tensor {tensor.name!r} is {tensor.dtype.value}, expected"
-            f" {', '.join(dtype.value for dtype in READABLE_DTYPES)}"
-        )
-    return match[1], _KINDS[match[2]]
+    return AdapterInvalid(
+        f"{where}: tensor {shorten(name, 160)} is of no module of the base;"
+        f" expected base_model.model.model.layers.N.<linear layer>.lora_A.weight or"
+        f" .lora_B.weight with N below {base.num_layers}"
+    )
 
 
 def _check_pair(
     module: _Module,
-    pair: dict[EntryKind, _Stored],
+    pair: dict[EntryKind, Encoding],
     config: PeftConfig,
     max_lora_rank: int,
     where: str,
@@ -191,15 +193,15 @@ def _check_pair(
             raise AdapterInvalid(
                 f"{module.short_path} is targeted by {CONFIG_NAME}, but {where} has no {name} of it"
             )
-    a, b = pair[EntryKind.LORA_A].tensor, pair[EntryKind.LORA_B].tensor
-    if len(a.shape) != 2 or a.shape[1] != module.shape.in_features:
-        raise _misshapen(pair[EntryKind.LORA_A], f"[r, {module.shape.in_features}]")
-    if len(b.shape) != 2 or b.shape[0] != module.shape.out_features:
-        raise _misshapen(pair[EntryKind.LORA_B], f"[{module.shape.out_features}, r]")
-    rank = a.shape[0]
-    if b.shape[1] != rank:
+    a, b = pair[EntryKind.LORA_A], pair[EntryKind.LORA_B]
+    if a.columns != module.shape.in_features:
+        raise _misshapen(a, f"[r, {module.shape.in_features}]")
+    if b.rows != module.shape.out_features:
+        raise _misshapen(b, f"[{module.shape.out_features}, r]")
+    rank = a.rows
+    if b.columns != rank:
         raise AdapterInvalid(
-            f"lora_A has rank {rank} but lora_B has rank {b.shape[1]} in {module.short_path}"
+            f"lora_A has rank {rank} but lora_B has rank {b.columns} in {module.short_path}"
         )
     expected = config.rank_of(module.path)
     if rank != expected:
@@ -213,8 +215,9 @@ def _check_pair(
     return rank
 
 
-def _misshapen(stored: _Stored, expected: str) -> AdapterInvalid:
+def _misshapen(encoding: Encoding, expected: str) -> AdapterInvalid:
+    values = encoding.values
     return AdapterInvalid(
-        f"{stored.file.name}: tensor {stored.tensor.name!r} has shape"
-        f" {list(stored.tensor.shape)}, expected {expected}"
+        f"{values.file_name}: tensor {values.tensor.name!r} has shape"
+        f" {[encoding.rows, encoding.columns]}, expected {expected}"
     )

@@ -4,26 +4,35 @@ from dataclasses import dataclass
 
 from ipc.base_model import DType
 from ipc.image import AdapterModule, Entry, ImageLayout
-from loader.safetensors_header import TensorDType
+from loader.native.runs import Format
+from loader.scales import TensorScales
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
     """Where the bytes of one entry of an image come from.
 
-    The file holds ``[rows, columns]`` of ``dtype``, row-major, from ``file_offset`` on. They are
-    cast to the image's dtype; rows and columns that the entry has beyond them are zeros.
-    ``file`` is an index into the adapter's files.
+    The file holds ``[rows, columns]`` values in ``format``, row-major, from ``file_offset`` on:
+    whole units in each row. They are multiplied by their ``scales``, if any, and cast to the
+    image's dtype; rows and columns that the entry has beyond them are zeros. ``file`` is an index
+    into the adapter's files.
     """
 
     name: str
     file: int
     file_offset: int
-    dtype: TensorDType
+    format: Format
     rows: int
     columns: int
     stage: int
     entry: Entry
+    scales: TensorScales | None = None
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that are read for it."""
+        num_bytes = self.format.num_bytes(self.rows * self.columns)
+        return num_bytes + (self.scales.file_bytes if self.scales is not None else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,4 +52,4 @@ class AdapterPlan:
     @property
     def file_bytes(self) -> int:
         """Bytes that are read of the files' tensors."""
-        return sum(t.rows * t.columns * t.dtype.num_bytes for t in self.tensors)
+        return sum(tensor.file_bytes for tensor in self.tensors)

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,7 @@ from ipc.errors import AdapterInvalid
 from loader.adapter_files import AdapterFiles
 from loader.blocks import Block, BlockTable
 from loader.host_tier import HostImage
-from loader.native.runs import Fault, Turn
+from loader.native.runs import SCALING, Fault, Turn
 from loader.plan import AdapterPlan
 
 NO_EVENT = -1
@@ -31,11 +33,33 @@ class SharedBlocks:
         self._finished = np.zeros(table.num_blocks, np.int64)
         self.turn_address = self._turn.ctypes.data
         self.finished_address = self._finished.ctypes.data
+        self._scalings: NDArray[np.void] | None = None
+        # What the scalings point to.
+        self._pairs: list[NDArray[np.float32]] = []
+        self._lock = threading.Lock()
 
     @property
     def num_begun(self) -> int:
         # Every thread that finds none left has counted on.
         return min(int(self._turn[Turn.NEXT]), self.table.num_blocks)
+
+    def scalings(self, fds: Sequence[int]) -> NDArray[np.void]:
+        """``[1 + num_scales]`` of ``SCALING``. The first thread that asks reads the scales.
+
+        Raises:
+            AdapterInvalid: one is not finite, or a file ends too early.
+            OSError: the read failed.
+        """
+        with self._lock:
+            if self._scalings is None:
+                self._pairs = [scales.source.read(fds) for scales in self.table.scales]
+                scalings = np.zeros(1 + len(self._pairs), SCALING)
+                for number, (scales, pairs) in enumerate(
+                    zip(self.table.scales, self._pairs, strict=True), 1
+                ):
+                    scalings[number] = (pairs.ctypes.data, *astuple(scales.grid))
+                self._scalings = scalings
+            return self._scalings
 
     def halt(self) -> None:
         """Threads take no further block of these until ``go_on``."""
@@ -82,6 +106,7 @@ class BlockReader:
             table.runs,
             table.first_runs,
             self._conversions,
+            blocks.scalings(files.fds),
             np.array(files.fds, np.int64),
             image.stage_addresses,
             blocks.turn_address,

@@ -1,14 +1,19 @@
 """The base model that an adapter is looked at with: a folder's, or what its own tensors tell."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from engine.models.config import read_model_config
 from ipc.base_model import LINEAR_GROUPS, BaseModel, DType, LinearShape
+from ipc.image import EntryKind
 from loader.adapter_files import AdapterFolders
-from loader.peft_files import find_files
-from loader.safetensors_header import FileTensor, parse_header, read_header
+from loader.peft_adapter import gather
+from loader.peft_files import TensorFile, find_files
+from loader.quantized import ReadSmall, encoding_of
+from loader.safetensors_header import parse_header, read_header
+from loader.scales import read_told
 
 # What models are served in by default, most of them on a GPU.
 DEFAULT_DTYPE = DType.BFLOAT16
@@ -19,9 +24,7 @@ _PATHS = {
     for group in LINEAR_GROUPS
     for name in group
 }
-_LINEAR = re.compile(
-    r"base_model\.model\.model\.layers\.([0-9]{1,3})\.\w+\.(\w+)\.(lora_A|lora_B)\.weight"
-)
+_LINEAR = re.compile(r"model\.layers\.([0-9]{1,3})\.\w+\.(\w+)")
 
 
 def base_of_model(folder: Path, dtype: DType | None) -> BaseModel:
@@ -46,30 +49,33 @@ def base_of_adapter(folders: AdapterFolders, path: str, dtype: DType | None) -> 
     folder = folders.resolve(path)
     files = folders.open(folder, find_files(folder))
     try:
-        tensors: list[FileTensor] = []
-        for fd, identity in zip(files.fds, files.identities, strict=True):
+        tensor_files = []
+        for index, identity in enumerate(files.identities):
             if identity.name.endswith(".safetensors"):
-                header = read_header(fd, identity.num_bytes, identity.name)
-                tensors.extend(parse_header(header, identity.num_bytes, identity.name))
+                header = read_header(files.fds[index], identity.num_bytes, identity.name)
+                tensors = parse_header(header, identity.num_bytes, identity.name)
+                tensor_files.append(TensorFile(index, identity.name, tensors))
+        return base_of_tensors(tensor_files, dtype, partial(read_told, fds=files.fds))
     finally:
         files.close()
-    return base_of_tensors(tensors, dtype)
 
 
-def base_of_tensors(tensors: Iterable[FileTensor], dtype: DType | None) -> BaseModel:
-    """As ``base_of_adapter``, from what the headers say."""
+def base_of_tensors(files: Sequence[TensorFile], dtype: DType | None, read: ReadSmall) -> BaseModel:
+    """As ``base_of_adapter``, from what the headers say; ``read`` is as for ``encoding_of``."""
     in_features: dict[str, int] = {}
     out_features: dict[str, int] = {}
     num_layers = 1
-    for tensor in tensors:
-        match = _LINEAR.fullmatch(tensor.name)
-        if match is None or len(tensor.shape) != 2:
+    parts, _ = gather(files)
+    for (path, kind), of_tensor in parts.items():
+        match = _LINEAR.fullmatch(path)
+        if match is None:
             continue
+        encoding = encoding_of(of_tensor, read)
         num_layers = max(num_layers, int(match[1]) + 1)
-        if match[3] == "lora_A":
-            in_features.setdefault(match[2], tensor.shape[1])
+        if kind is EntryKind.LORA_A:
+            in_features.setdefault(match[2], encoding.columns)
         else:
-            out_features.setdefault(match[2], tensor.shape[0])
+            out_features.setdefault(match[2], encoding.rows)
     return BaseModel(
         architecture="unknown",
         num_layers=num_layers,

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loader.native.compiler import Converter, converter
-from loader.native.runs import CONVERSION, Fault, Format, conversion_of
+from loader.native.runs import CONVERSION, IMAGE_FORMATS, Fault, Format, conversion_of
+from loader.nf4 import NF4_VALUES
 
 # Pointers, in truth: their size is not known to them.
+Bytes = NDArray[np.uint8]
 Halves = NDArray[np.uint16]
 Singles = NDArray[np.uint32]
 
@@ -83,6 +85,60 @@ def widen_bfloat16(halves: Halves, singles: Singles, num_values: int) -> int:
     return Fault.NONE.value
 
 
+@converter(np.uint8, np.uint32)
+def widen_float8_e4m3(values: Bytes, singles: Singles, num_values: int) -> int:
+    for index in range(num_values):
+        value = np.uint32(values[index])
+        magnitude = np.uint32(value & np.uint32(0x7F))
+        normal = np.uint32((magnitude << np.uint32(20)) + np.uint32(120 << 23))
+        # The one that is no number; there is no infinity.
+        normal |= np.uint32(_EXPONENT_FLOAT32) if magnitude == 0x7F else np.uint32(0)
+        subnormal = np.float32(np.float32(magnitude) * np.float32(2.0**-9)).view(np.uint32)
+        sign = np.uint32((value & np.uint32(0x80)) << np.uint32(24))
+        singles[index] = sign | (normal if magnitude >= 0x08 else subnormal)
+    return Fault.NONE.value
+
+
+@converter(np.uint8, np.uint32)
+def widen_float8_e5m2(values: Bytes, singles: Singles, num_values: int) -> int:
+    # The upper half of a float16.
+    for index in range(num_values):
+        value = np.uint32(values[index])
+        magnitude = np.uint32(value & np.uint32(0x7F))
+        normal = np.uint32((magnitude << np.uint32(21)) + np.uint32(_BIAS))
+        normal |= np.uint32(_EXPONENT_FLOAT32) if magnitude >= 0x7C else np.uint32(0)
+        subnormal = np.float32(np.float32(magnitude) * np.float32(2.0**-16)).view(np.uint32)
+        sign = np.uint32((value & np.uint32(0x80)) << np.uint32(24))
+        singles[index] = sign | (normal if magnitude >= 0x04 else subnormal)
+    return Fault.NONE.value
+
+
+@converter(np.int8, np.float32)
+def widen_int8(values: NDArray[np.int8], singles: NDArray[np.float32], num_values: int) -> int:
+    for index in range(num_values):
+        singles[index] = np.float32(values[index])
+    return Fault.NONE.value
+
+
+@converter(np.uint32, np.float32)
+def widen_int4(words: Singles, singles: NDArray[np.float32], num_values: int) -> int:
+    for index in range(num_values // 8):
+        word = words[index]
+        for place in range(8):
+            nibble = np.int32((word >> np.uint32(4 * place)) & np.uint32(15))
+            singles[8 * index + place] = np.float32(nibble - np.int32(8))
+    return Fault.NONE.value
+
+
+@converter(np.uint8, np.float32)
+def widen_nf4(values: Bytes, singles: NDArray[np.float32], num_values: int) -> int:
+    for index in range(num_values // 2):
+        value = values[index]
+        singles[2 * index] = NF4_VALUES[value >> 4]
+        singles[2 * index + 1] = NF4_VALUES[value & 15]
+    return Fault.NONE.value
+
+
 @converter(np.uint32, np.uint16)
 def narrow_float16(singles: Singles, halves: Halves, num_values: int) -> int:
     greatest = np.uint32(0)
@@ -121,7 +177,15 @@ def narrow_bfloat16(singles: Singles, halves: Halves, num_values: int) -> int:
     return Fault.TOO_GREAT.value if greatest >= _OVERFLOW_BFLOAT16 else Fault.NONE.value
 
 
-_WIDEN = {Format.FLOAT16: widen_float16, Format.BFLOAT16: widen_bfloat16}
+_WIDEN = {
+    Format.FLOAT16: widen_float16,
+    Format.BFLOAT16: widen_bfloat16,
+    Format.FLOAT8_E4M3: widen_float8_e4m3,
+    Format.FLOAT8_E5M2: widen_float8_e5m2,
+    Format.INT8: widen_int8,
+    Format.INT4: widen_int4,
+    Format.NF4: widen_nf4,
+}
 _NARROW = {Format.FLOAT16: narrow_float16, Format.BFLOAT16: narrow_bfloat16}
 _CHECK = {
     Format.FLOAT32: check_float32,
@@ -131,15 +195,16 @@ _CHECK = {
 
 
 def _conversions() -> NDArray[np.void]:
-    table = np.zeros(len(Format) ** 2, CONVERSION)
+    table = np.zeros(len(Format) * len(IMAGE_FORMATS), CONVERSION)
     for source in Format:
-        for target in Format:
+        for target in IMAGE_FORMATS.values():
             same = source is target
             # Narrowing looks at the values as well.
             checked = same or target not in _NARROW
             table[conversion_of(source, target)] = (
-                source.num_bytes,
-                target.num_bytes,
+                source.unit_values,
+                source.unit_bytes,
+                target.unit_bytes,
                 0 if same else _address(_WIDEN.get(source)),
                 0 if same else _address(_NARROW.get(target)),
                 _address(_CHECK[target]) if checked else 0,

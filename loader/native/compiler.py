@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loader.native.code_folder import writable_code_folder
 
@@ -183,6 +184,16 @@ def _store(typing_context: Any, address: Any, value: Any) -> tuple[Any, Callable
 
     return numba.void(INTEGER, INTEGER), generate
 
+
+def _floats(typing_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], llvm_ir.FloatType().as_pointer())
+
+    return Pointer(numba.float32)(INTEGER), generate
+
+
+floats: Callable[[int], NDArray[np.float32]] = intrinsic(_floats)
+"""``(address)``: a pointer to what lies there in float32."""
 
 fetch_add: Callable[[int, int], int] = intrinsic(_fetch_add)
 """``(address, count)``: adds to the word, in one step; what it was before."""

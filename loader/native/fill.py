@@ -15,13 +15,14 @@ from loader.native.compiler import (
     call,
     compiled,
     error_number,
+    floats,
     inlined,
     integers,
     memcpy,
     memset,
     pread,
 )
-from loader.native.runs import CONVERSION, RUN, Fault
+from loader.native.runs import CONVERSION, RUN, SCALING, Fault
 
 # Of bfloat16 512 KiB, half of a common second-level cache. The larger a read, the faster the system
 # copies: on one core of an EPYC 8 GB/s by 16 KiB, 11 GB/s by 256 KiB, 13 GB/s by 1 MiB.
@@ -52,17 +53,52 @@ def _read(fd: int, offset: int, target: int, num_bytes: int) -> tuple[int, int]:
 
 
 @inlined
-def _convert(conversion: np.void, raw: int, made: int, num_values: int, singles: int) -> int:
+def _scale(scaling: np.void, values_address: int, first_value: int, num_values: int) -> None:
+    """Multiplies values in float32, of which the first is the tensor's ``first_value``-th."""
+    values, pairs = floats(values_address), floats(scaling["pairs"])
+    columns, width = scaling["columns"], scaling["columns_per_pair"]
+    row = first_value // columns
+    column = first_value - row * columns
+    done = 0
+    while done < num_values:
+        pair = row // scaling["rows_per_pair"] * scaling["pairs_per_row"]
+        stop = columns
+        if width < columns:
+            pair += column // width
+            stop = min(columns, (column // width + 1) * width)
+        scale, zero = pairs[2 * pair], pairs[2 * pair + 1]
+        count = min(num_values - done, stop - column)
+        for index in range(done, done + count):
+            values[index] = (values[index] - zero) * scale
+        done += count
+        column += count
+        if column == columns:
+            column = 0
+            row += 1
+
+
+@inlined
+def _convert(
+    conversion: np.void,
+    scaling: np.void,
+    raw: int,
+    made: int,
+    first_value: int,
+    num_values: int,
+    singles: int,
+) -> int:
     """Makes ``made`` of ``raw``, by way of ``singles`` if need be; a ``Fault``."""
     widen, narrow, check = conversion["widen"], conversion["narrow"], conversion["check"]
     fault = 0
     for first in range(0, num_values, STEP_VALUES):
         count = min(STEP_VALUES, num_values - first)
-        source = raw + first * conversion["source_bytes"]
+        source = raw + first // conversion["unit_values"] * conversion["unit_bytes"]
         target = made + first * conversion["target_bytes"]
         if widen != 0:
             wide = target if narrow == 0 else singles
             fault = call(widen, source, wide, count)
+            if scaling["pairs"] != 0:
+                _scale(scaling, wide, first_value + first, count)
             source = wide
         if fault == 0 and narrow != 0:
             fault = call(narrow, source, target, count)
@@ -85,7 +121,7 @@ def _set_apart(rows: int, num_rows: int, num_bytes: int, target: int, target_byt
 
 @inlined
 def _fill_run(
-    run: np.void, conversion: np.void, fd: int, place: int, scratch: int
+    run: np.void, conversion: np.void, scaling: np.void, fd: int, place: int, scratch: int
 ) -> tuple[int, int]:
     """Fills a run that begins at address ``place``; a ``Fault`` and its detail."""
     in_place = conversion["widen"] == 0 and conversion["narrow"] == 0
@@ -95,22 +131,24 @@ def _fill_run(
         # Rows that touch are as good as one.
         columns = entry_columns = rows * columns
         rows = min(rows, 1)
-    offset = run["file_offset"]
+    offset, first_value = run["file_offset"], run["first_value"]
     rows_at_once = max(1, TILE_VALUES // max(1, columns))
     for row in range(0, rows, rows_at_once):
         num_rows = min(rows_at_once, rows - row)
         # One tile, but for one row that is wider.
         for first in range(0, num_rows * columns, TILE_VALUES):
             num_values = min(TILE_VALUES, num_rows * columns - first)
-            num_bytes = num_values * conversion["source_bytes"]
+            num_bytes = num_values // conversion["unit_values"] * conversion["unit_bytes"]
             made = scratch if num_rows > 1 else place + first * value_bytes
             raw = made if in_place else scratch + _TILE_BYTES
             fault, detail = _read(fd, offset, raw, num_bytes)
             if fault == 0:
-                fault = _convert(conversion, raw, made, num_values, scratch + 2 * _TILE_BYTES)
+                singles = scratch + 2 * _TILE_BYTES
+                fault = _convert(conversion, scaling, raw, made, first_value, num_values, singles)
             if fault != 0:
                 return fault, detail
             offset += num_bytes
+            first_value += num_values
         row_bytes, entry_bytes = columns * value_bytes, entry_columns * value_bytes
         if num_rows > 1:
             _set_apart(scratch, num_rows, row_bytes, place, entry_bytes)
@@ -121,25 +159,27 @@ def _fill_run(
     return Fault.NONE.value, 0
 
 
-@compiled(integers(3), array(RUN), array(CONVERSION), _INTEGERS, _INTEGERS, INTEGER)
+@compiled(integers(3), array(RUN), array(CONVERSION), array(SCALING), _INTEGERS, _INTEGERS, INTEGER)
 def fill(
     runs: NDArray[np.void],
     conversions: NDArray[np.void],
+    scalings: NDArray[np.void],
     fds: NDArray[np.int64],
     stages: NDArray[np.int64],
     scratch: int,
 ) -> tuple[int, int, int]:
     """Fills all ``runs``, or tells of the first that has a fault: ``(fault, run, detail)``.
 
-    ``runs`` and ``conversions`` are as ``runs.py`` describes them. ``fds`` are the open files;
-    ``stages`` are the addresses of the image's stages, and ``scratch`` that of ``SCRATCH_BYTES``
-    that nobody else uses meanwhile.
+    ``runs``, ``conversions`` and ``scalings`` are as ``runs.py`` describes them. ``fds`` are the
+    open files; ``stages`` are the addresses of the image's stages, and ``scratch`` that of
+    ``SCRATCH_BYTES`` that nobody else uses meanwhile.
     """
     for index in range(runs.size):
         run = runs[index]
         conversion = conversions[run["conversion"]]
         place = stages[run["stage"]] + run["stage_offset"]
-        fault, detail = _fill_run(run, conversion, fds[run["file"]], place, scratch)
+        scaling = scalings[run["scaling"]]
+        fault, detail = _fill_run(run, conversion, scaling, fds[run["file"]], place, scratch)
         if fault != 0:
             return fault, index, detail
     return Fault.NONE.value, 0, 0

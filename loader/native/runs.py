@@ -12,22 +12,49 @@ from loader.safetensors_header import TensorDType
 
 
 class Format(IntEnum):
-    """How values are written, in a file or in an image."""
+    """How values are written in a file; the first three are those of images, too.
+
+    | format     | values in bytes | hold                                                      |
+    |------------|-----------------|-----------------------------------------------------------|
+    | `FLOAT8_…` | 1 in 1          | what they do to torch; E4M3 has no infinity               |
+    | `INT8`     | 1 in 1          | whole numbers of -128 to 127                              |
+    | `INT4`     | 8 in 4          | those of -8 to 7, plus 8, the first in the lowest bits    |
+    | `NF4`      | 2 in 1          | indices into ``NF4_VALUES``, the first in the higher bits |
+    """
 
     FLOAT32 = 0
     FLOAT16 = 1
     BFLOAT16 = 2
+    FLOAT8_E4M3 = 3
+    FLOAT8_E5M2 = 4
+    INT8 = 5
+    INT4 = 6
+    NF4 = 7
 
     @property
-    def num_bytes(self) -> int:
-        return 4 if self is Format.FLOAT32 else 2
+    def unit_values(self) -> int:
+        return _UNITS[self][0]
 
+    @property
+    def unit_bytes(self) -> int:
+        return _UNITS[self][1]
+
+    def num_bytes(self, num_values: int) -> int:
+        """Of whole units."""
+        return num_values // self.unit_values * self.unit_bytes
+
+
+_UNITS = ((1, 4), (1, 2), (1, 2), (1, 1), (1, 1), (1, 1), (8, 4), (2, 1))
 
 FILE_FORMATS = {
     TensorDType.F32: Format.FLOAT32,
     TensorDType.F16: Format.FLOAT16,
     TensorDType.BF16: Format.BFLOAT16,
+    TensorDType.F8_E4M3: Format.FLOAT8_E4M3,
+    TensorDType.F8_E5M2: Format.FLOAT8_E5M2,
 }
+"""Of tensors that nothing but their own bytes describe."""
+
 IMAGE_FORMATS = {
     DType.FLOAT32: Format.FLOAT32,
     DType.FLOAT16: Format.FLOAT16,
@@ -69,22 +96,26 @@ class Turn(IntEnum):
 
 
 _RUN_FIELDS = (
-    *("file", "file_offset", "tensor", "conversion", "rows", "columns"),
+    *("file", "file_offset", "tensor", "conversion", "scaling", "first_value", "rows", "columns"),
     *("stage", "stage_offset", "entry_columns", "num_zeros"),
 )
 RUN = np.dtype([(name, np.int64) for name in _RUN_FIELDS])
 """Whole rows of one tensor, and where they go.
 
-``[rows, columns]`` values lie row-major in file ``file`` from byte ``file_offset`` on. Converted by
-``conversion`` they become ``[rows, entry_columns]`` of stage ``stage`` of the image, from its byte
+``[rows, columns]`` values lie row-major in file ``file`` from byte ``file_offset`` on; the first
+is the tensor's ``first_value``-th. Converted by ``conversion``, and multiplied as ``scaling`` says,
+they become ``[rows, entry_columns]`` of stage ``stage`` of the image, from its byte
 ``stage_offset`` on, each row filled up with zeros. ``num_zeros`` bytes of zeros follow the last
 row. ``tensor`` is an index into the plan's tensors.
 """
 
 CONVERSION = np.dtype(
-    [(name, np.int64) for name in ("source_bytes", "target_bytes", "widen", "narrow", "check")]
+    [
+        (name, np.int64)
+        for name in ("unit_values", "unit_bytes", "target_bytes", "widen", "narrow", "check")
+    ]
 )
-"""What is done to a tile's values, of ``source_bytes`` each, to have them in ``target_bytes`` each.
+"""What is done to a tile's values, units of them, to have each in ``target_bytes``.
 
 The last three are addresses of converters (see ``compiler``), called in this order, or 0: to
 float32, from float32, and one that looks at what the image holds. Without the first two the file's
@@ -92,6 +123,20 @@ bytes are the image's.
 """
 
 
+SCALING = np.dtype(
+    [
+        (name, np.int64)
+        for name in ("pairs", "columns", "rows_per_pair", "columns_per_pair", "pairs_per_row")
+    ]
+)
+"""What values in float32 are multiplied by: each becomes ``(value - zero) * scale``.
+
+``pairs`` is the address of ``[num_pairs, 2]`` float32, scales and zeros, or 0: values stay. The
+tensor's values are cut into rows of ``columns``; those of ``rows_per_pair`` rows and
+``columns_per_pair`` columns share a pair, and side by side there are ``pairs_per_row``.
+"""
+
+
 def conversion_of(source: Format, target: Format) -> int:
-    """The index of a conversion among all of them."""
-    return source * len(Format) + target
+    """The index of a conversion among all of them; ``target`` is a format of images."""
+    return source * len(IMAGE_FORMATS) + target

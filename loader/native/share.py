@@ -20,7 +20,7 @@ from loader.native.compiler import (
     store,
 )
 from loader.native.fill import fill
-from loader.native.runs import CONVERSION, RUN, Fault, Turn
+from loader.native.runs import CONVERSION, RUN, SCALING, Fault, Turn
 
 _WORD_BYTES = 8
 _NEXT_OFFSET = Turn.NEXT.value * _WORD_BYTES
@@ -30,13 +30,14 @@ _INTEGERS = array(np.dtype(np.int64))
 
 @compiled(
     integers(3),
-    *(array(RUN), _INTEGERS, array(CONVERSION), _INTEGERS, _INTEGERS),
+    *(array(RUN), _INTEGERS, array(CONVERSION), array(SCALING), _INTEGERS, _INTEGERS),
     *(INTEGER, INTEGER, INTEGER, INTEGER, INTEGER),
 )
 def fill_blocks(
     runs: NDArray[np.void],
     first_runs: NDArray[np.int64],
     conversions: NDArray[np.void],
+    scalings: NDArray[np.void],
     fds: NDArray[np.int64],
     stages: NDArray[np.int64],
     turn: int,
@@ -61,7 +62,7 @@ def fill_blocks(
         first, last = first_runs[block], first_runs[block + 1]
         if before_block != 0 and call(before_block, block, 0, 0) != 0:
             return Fault.REFUSED.value, first, 0
-        fault, index, detail = fill(runs[first:last], conversions, fds, stages, scratch)
+        fault, index, detail = fill(runs[first:last], conversions, scalings, fds, stages, scratch)
         if fault != 0:
             return fault, first + index, detail
         store(finished + block * _WORD_BYTES, 1)

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loader.native.casts import CONVERSIONS
 from loader.native.fill import SCRATCH_BYTES, fill
-from loader.native.runs import RUN, Fault, Format, conversion_of
+from loader.native.runs import RUN, SCALING, Fault, Format, conversion_of
 from tests.loader.native.reference_casts import BITS, Bits
 
 UNTOUCHED = 0xAA
@@ -35,8 +36,16 @@ def run(source: Format, target: Format, rows: int, columns: int, **fields: int) 
     return tuple((known | fields).get(name, 0) for name in RUN.names or ())
 
 
-def fill_runs(path: Path, runs: list[tuple[int, ...]], num_bytes: int) -> Filled:
-    """Fills a stage of ``num_bytes`` from the file at ``path``, and nothing outside of it."""
+def fill_runs(
+    path: Path,
+    runs: list[tuple[int, ...]],
+    num_bytes: int,
+    scalings: NDArray[np.void] | None = None,
+) -> Filled:
+    """Fills a stage of ``num_bytes`` from the file at ``path``, and nothing outside of it.
+
+    ``scalings`` None: no values are multiplied.
+    """
     memory = np.full(num_bytes + 2 * _MARGIN_BYTES, UNTOUCHED, np.uint8)
     scratch = np.empty(SCRATCH_BYTES, np.uint8)
     fd = os.open(path, os.O_RDONLY)
@@ -44,6 +53,7 @@ def fill_runs(path: Path, runs: list[tuple[int, ...]], num_bytes: int) -> Filled
         fault, index, detail = fill(
             np.array(runs, RUN),
             CONVERSIONS,
+            np.zeros(1, SCALING) if scalings is None else scalings,
             np.array([fd], np.int64),
             np.array([memory.ctypes.data + _MARGIN_BYTES], np.int64),
             scratch.ctypes.data,
@@ -61,5 +71,5 @@ def converted(folder: Path, bits: Bits, source: Format, target: Format) -> tuple
     path = folder / "values"
     path.write_bytes(bits.tobytes())
     runs = [run(source, target, 1, bits.size)]
-    filled = fill_runs(path, runs, bits.size * target.num_bytes)
+    filled = fill_runs(path, runs, target.num_bytes(bits.size))
     return filled.fault, np.frombuffer(filled.target, BITS[target])

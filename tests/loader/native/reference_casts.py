@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from loader.native.runs import Fault, Format
 
-Bits = NDArray[np.uint16] | NDArray[np.uint32]
+Bits = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.uint32]
 
 BITS = {Format.FLOAT32: np.uint32, Format.FLOAT16: np.uint16, Format.BFLOAT16: np.uint16}
 
@@ -33,6 +33,7 @@ def _single(bits: Bits, source: Format) -> NDArray[np.float32]:
             return bits.view(np.float16).astype(np.float32)
         case Format.BFLOAT16:
             return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    raise AssertionError(f"{source} is no format of images")
 
 
 def _rounded(single: NDArray[np.float32], target: Format) -> Bits:
@@ -47,3 +48,4 @@ def _rounded(single: NDArray[np.float32], target: Format) -> Bits:
             up = (dropped > 0x8000) | ((dropped == 0x8000) & (below % 2 == 1))
             rounded: NDArray[np.uint16] = (below + up).astype(np.uint16)
             return rounded
+    raise AssertionError(f"{target} is no format of images")

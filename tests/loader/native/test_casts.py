@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from loader.native.fill import STEP_VALUES, TILE_VALUES
-from loader.native.runs import Fault, Format
+from loader.native.runs import IMAGE_FORMATS, Fault, Format
 from tests.loader.native.filling import converted
 from tests.loader.native.reference_casts import BITS, Bits, cast
 
-PAIRS = tuple(product(Format, Format))
+PAIRS = tuple(product(IMAGE_FORMATS.values(), repeat=2))
 TORCH = {
     Format.FLOAT32: torch.float32,
     Format.FLOAT16: torch.float16,
@@ -155,10 +155,33 @@ def test_worse_fault_of_a_step_is_told_and_of_several_steps_the_first(tmp_path: 
         assert fault is expected
 
 
-@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("format", IMAGE_FORMATS.values())
 def test_greatest_numbers_of_a_format_are_finite(tmp_path: Path, format: Format) -> None:
     values = torch.full((1000,), torch.finfo(TORCH[format]).max, dtype=TORCH[format])
     values[::2] *= -1
     fault, result = converted(tmp_path, bits_of(values), format, format)
     assert fault is Fault.NONE
     assert result.dtype == BITS[format] and (result == bits_of(values)).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype"),
+    [
+        (Format.FLOAT8_E4M3, torch.float8_e4m3fn),
+        (Format.FLOAT8_E5M2, torch.float8_e5m2),
+        (Format.INT8, torch.int8),
+    ],
+)
+@pytest.mark.parametrize("target", IMAGE_FORMATS.values())
+def test_every_value_of_eight_bits_is_what_it_is_to_torch(
+    tmp_path: Path, source: Format, dtype: torch.dtype, target: Format
+) -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    values = torch.from_numpy(codes).view(dtype).float()
+    finite = values.isfinite().numpy()
+    fault, result = converted(tmp_path, codes[finite], source, target)
+    assert fault is Fault.NONE
+    assert (result == bits_of(values[finite].to(TORCH[target]))).all()
+    for code in codes[~finite]:
+        fault, _ = converted(tmp_path, np.array([code]), source, target)
+        assert fault is Fault.NOT_FINITE, code

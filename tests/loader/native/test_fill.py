@@ -11,11 +11,11 @@ import pytest
 
 from loader.native.casts import CONVERSIONS
 from loader.native.fill import SCRATCH_BYTES, TILE_VALUES, fill
-from loader.native.runs import RUN, Fault, Format
+from loader.native.runs import IMAGE_FORMATS, RUN, SCALING, Fault, Format
 from tests.loader.native.filling import UNTOUCHED, fill_runs, run
 
 DEADLINE_S = 20.0
-FLOAT32, FLOAT16, BFLOAT16 = Format
+FLOAT32, FLOAT16, BFLOAT16 = IMAGE_FORMATS.values()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_rows_are_filled_up_with_zeros(
     values = np.arange(rows * columns) % 2000 + 1
     (tmp_path / "file").write_bytes(values.astype(np.float32).tobytes())
     runs = [run(FLOAT32, target, rows, columns, entry_columns=entry_columns)]
-    num_bytes = rows * entry_columns * target.num_bytes
+    num_bytes = rows * entry_columns * target.unit_bytes
     filled = fill_runs(tmp_path / "file", runs, num_bytes)
     dtype = np.float32 if target is FLOAT32 else np.float16
     expected = np.zeros((rows, entry_columns), dtype)
@@ -139,6 +139,7 @@ class Filling:
         self._arguments = (
             np.array([run(FLOAT32, FLOAT32, 1, num_values)], RUN),
             CONVERSIONS,
+            np.zeros(1, SCALING),
             np.array([self._fd], np.int64),
             np.array([self._memory.ctypes.data], np.int64),
             self._scratch.ctypes.data,

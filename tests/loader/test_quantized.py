@@ -1,0 +1,369 @@
+"""A quantized adapter's image is that of the values which its writer says it stands for.
+
+Written by bitsandbytes and compressed-tensors themselves, or by torch where these only add a scale.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes import functional as bitsandbytes
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ipc.base_model import BaseModel, DType
+from ipc.errors import AdapterInvalid, SidestreamError
+from ipc.messages import AdapterId, Manifest
+from loader.adapter_files import AdapterFolders
+from loader.inspector import Inspector
+from tests.adapters import base_model, config_fields, make_old, tensor_name
+from tests.loader.images import read_image
+
+RANK = 16
+MODULES = ("q_proj", "down_proj")
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """``parts`` as a file has them, by what follows ``….lora_A.``; they stand for ``values``."""
+
+    parts: dict[str, Tensor]
+    values: Tensor
+
+
+Quantize = Callable[[Tensor], Quantized]
+
+
+def fp8(dtype: torch.dtype) -> Quantize:
+    def quantize(weight: Tensor) -> Quantized:
+        values = weight.to(dtype)
+        return Quantized({"weight": values}, values.float())
+
+    return quantize
+
+
+def spread(scale: Tensor, shape: torch.Size) -> Tensor:
+    """A scale for each part of a row, or each block of 128 x 128, as one for each value."""
+    rows, columns = shape
+    tall, wide = scale.shape
+    down = scale.repeat_interleave(rows if tall == 1 else 1 if tall == rows else 128, 0)
+    across = down.repeat_interleave(columns // wide if columns % wide == 0 else 128, 1)
+    return across[:rows, :columns].float()
+
+
+def compressed(dtype: torch.dtype, scale_dtype: torch.dtype, *shape: int) -> Quantize:
+    """fp8 or int8 with a scale of this shape; 0 stands for the rows, -n for n parts of a row."""
+
+    def quantize(weight: Tensor) -> Quantized:
+        rows, _ = weight.shape
+        sizes = [rows if size == 0 else abs(size) for size in shape]
+        scale = (0.01 + torch.rand(sizes)).to(scale_dtype)
+        of_each = spread(scale.reshape(sizes if len(sizes) == 2 else (-1, 1)), weight.shape)
+        limit = E4M3_MAX if dtype.is_floating_point else 127.0
+        values = (weight / of_each * 3).clamp(-limit, limit)
+        values = values.to(dtype) if dtype.is_floating_point else values.round().to(dtype)
+        return Quantized({"weight": values, "weight_scale": scale}, values.float() * of_each)
+
+    return quantize
+
+
+def row_scaled(name: str) -> Quantize:
+    """``fp8`` or ``int8``, as near to the weights as a scale for each row permits."""
+    dtype, greatest = {"fp8": (torch.float8_e4m3fn, E4M3_MAX), "int8": (torch.int8, 127.0)}[name]
+
+    def quantize(weight: Tensor) -> Quantized:
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-6) / greatest
+        values = weight / scale
+        values = (values if dtype.is_floating_point else values.round()).to(dtype)
+        return Quantized({"weight": values, "weight_scale": scale}, values.float() * scale)
+
+    return quantize
+
+
+def asymmetric(weight: Tensor) -> Quantized:
+    quantized = compressed(torch.int8, torch.float32, 0, 1)(weight)
+    zeros = torch.randint(-128, 128, (len(weight), 1), dtype=torch.int8)
+    scale = quantized.parts["weight_scale"]
+    values = (quantized.parts["weight"].float() - zeros.float()) * scale
+    return Quantized(quantized.parts | {"weight_zero_point": zeros}, values)
+
+
+def packed_int4(groups: int) -> Quantize:
+    def quantize(weight: Tensor) -> Quantized:
+        rows, columns = weight.shape
+        scale = (0.01 + torch.rand(rows, groups)).bfloat16()
+        values = torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
+        parts = {
+            "weight_packed": pack_to_int32(values, 4),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor([rows, columns], dtype=torch.int32),
+        }
+        return Quantized(parts, values.float() * spread(scale, weight.shape))
+
+    return quantize
+
+
+def bitsandbytes_int8(weight: Tensor) -> Quantized:
+    values, scb, _ = bitsandbytes.int8_vectorwise_quant(weight.half())
+    parts = {"weight": values, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return Quantized(parts, values.float() * (scb[:, None] * np.float32(1 / 127)))
+
+
+def nf4(nested: bool) -> Quantize:
+    def quantize(weight: Tensor) -> Quantized:
+        values, state = bitsandbytes.quantize_4bit(
+            weight, blocksize=64, quant_type="nf4", compress_statistics=nested
+        )
+        parts = {"weight": values} | {
+            f"weight.{name}": part for name, part in state.as_dict(packed=True).items()
+        }
+        # On a CPU it takes rows that are shorter than a block for a block each.
+        state.shape = torch.Size((weight.numel() // 64, 64))
+        return Quantized(parts, bitsandbytes.dequantize_4bit(values, state).view(weight.shape))
+
+    return quantize
+
+
+FORMATS: dict[str, Quantize] = {
+    "fp8 e4m3": fp8(torch.float8_e4m3fn),
+    "fp8 e5m2": fp8(torch.float8_e5m2),
+    "fp8 per tensor": compressed(torch.float8_e4m3fn, torch.float32, 1),
+    "fp8 per tensor, e5m2": compressed(torch.float8_e5m2, torch.bfloat16, 1, 1),
+    "fp8 per row": compressed(torch.float8_e4m3fn, torch.bfloat16, 0, 1),
+    "int8 per tensor": compressed(torch.int8, torch.float16, 1),
+    "int8 per row": compressed(torch.int8, torch.bfloat16, 0, 1),
+    "int8 per row, flat": compressed(torch.int8, torch.float32, 0),
+    "int8 by parts of rows": compressed(torch.int8, torch.bfloat16, 0, -2),
+    "int8 with zeros": asymmetric,
+    "int4 per row": packed_int4(1),
+    "int4 by parts of rows": packed_int4(2),
+    "bitsandbytes int8": bitsandbytes_int8,
+    "NF4": nf4(nested=False),
+    "NF4, nested": nf4(nested=True),
+}
+
+
+def write(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    folder.mkdir()
+    config = config_fields(RANK, target_modules=list(MODULES))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "adapter_model.safetensors")
+    make_old(folder)
+    return folder
+
+
+def quantized_tensors(
+    base: BaseModel, quantize: Quantize
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of every pair: as quantized, and the values that it stands for."""
+    torch.manual_seed(0)
+    quantized, plain = {}, {}
+    for layer in range(base.num_layers):
+        for module in MODULES:
+            shape = base.linear(module)
+            for factor, size in (
+                ("lora_A", (RANK, shape.in_features)),
+                ("lora_B", (shape.out_features, RANK)),
+            ):
+                name = tensor_name(layer, module, factor)
+                made = quantize(torch.randn(size))
+                plain[name] = made.values
+                for part, tensor in made.parts.items():
+                    quantized[name.removesuffix("weight") + part] = tensor
+    return quantized, plain
+
+
+def inspect(base: BaseModel, folder: Path) -> tuple[Inspector, Manifest]:
+    inspector = Inspector(AdapterFolders([str(folder.parent)], None), base, 64, 1 << 22)
+    return inspector, inspector.inspect(AdapterId(1), str(folder))
+
+
+def image_of(base: BaseModel, folder: Path) -> bytes:
+    return read_image(*inspect(base, folder))
+
+
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS.keys())
+def test_the_image_is_that_of_the_values(tmp_path: Path, quantize: Quantize, dtype: DType) -> None:
+    base = base_model(dtype=dtype)
+    quantized, plain = quantized_tensors(base, quantize)
+    image = image_of(base, write(tmp_path / "quantized", quantized))
+    assert image == image_of(base, write(tmp_path / "plain", plain))
+    assert any(image)
+
+
+def test_blocks_of_128_by_128_need_not_end_where_a_tensor_does(tmp_path: Path) -> None:
+    base = base_model(hidden_size=256, intermediate_size=320)
+
+    def quantize(weight: Tensor) -> Quantized:
+        blocks = [-(-size // 128) for size in weight.shape]
+        return compressed(torch.float8_e4m3fn, torch.float32, *blocks)(weight)
+
+    quantized, plain = quantized_tensors(base, quantize)
+    folders = write(tmp_path / "quantized", quantized), write(tmp_path / "plain", plain)
+    images = [image_of(base, folder) for folder in folders]
+    assert images[0] == images[1]
+
+
+def test_formats_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
+    base = base_model()
+    choices = iter([*FORMATS.values()] * 2)
+    quantized, plain = quantized_tensors(base, lambda weight: next(choices)(weight))
+    assert image_of(base, write(tmp_path / "mixed", quantized)) == image_of(
+        base, write(tmp_path / "plain", plain)
+    )
+
+
+def test_the_manifest_counts_the_bytes_that_are_read(tmp_path: Path) -> None:
+    base = base_model()
+    quantized, _ = quantized_tensors(base, FORMATS["int8 per row"])
+    _, manifest = inspect(base, write(tmp_path / "a", quantized))
+    assert manifest.file_bytes == sum(tensor.nbytes for tensor in quantized.values())
+
+
+A_OF_Q = tensor_name(1, "q_proj", "lora_A").removesuffix("weight")
+Change = Callable[[Tensor], Tensor]
+
+
+def state(**fields: object) -> Change:
+    """NF4's description with other fields."""
+
+    def change(described: Tensor) -> Tensor:
+        text = json.loads(bytes(described.tolist())) | fields
+        return torch.tensor(list(json.dumps(text).encode()), dtype=torch.uint8)
+
+    return change
+
+
+REFUSED: list[tuple[str, str, Change | None, str]] = [
+    ("int8 per row", "weight_g_idx", lambda _: torch.zeros(3), "weight_g_idx' is of no format"),
+    ("int8 per row", "weight_scale", None, "a weight_scale or SCB beside int8 values"),
+    ("int8 per row", "weight", None, "stands beside no weight or weight_packed"),
+    ("int8 per row", "weight_scale", lambda s: s[:-1], "one scale for [16, 64], for each row"),
+    ("int8 per row", "weight_scale", lambda s: s.int(), "expected F32 or F16 or BF16, got I32"),
+    ("int8 with zeros", "weight_zero_point", lambda z: z[:-1], "expected shape [16, 1], got [15"),
+    ("fp8 per row", "weight_scale", lambda s: s.T, "one scale for [16, 64]"),
+    ("fp8 per row", "weight", lambda w: w.reshape(-1), "two dimensions, none of them 0, got [1024"),
+    ("fp8 per row", "weight_zero_point", lambda _: torch.zeros(16, 1), "is of no format"),
+    ("int4 per row", "weight_shape", lambda s: s * 2, "[r, c] with c = 8 k for weight_packed"),
+    ("int4 per row", "weight_shape", None, "expected a weight_shape beside it, got none"),
+    ("int4 per row", "weight_zero_point", lambda _: torch.zeros(1), "is of no format"),
+    ("bitsandbytes int8", "weight_format", lambda f: f + 1, "expected 0, for rows"),
+    ("bitsandbytes int8", "SCB", lambda s: s[:-1], "expected shape [16], got [15]"),
+    ("NF4", "weight.quant_map", lambda c: c + 0.1, "the sixteen values of NF4"),
+    ("NF4", "weight.absmax", lambda a: a[:-1], "expected shape [16], got [15]"),
+    ("NF4", "weight.quant_state.bitsandbytes__nf4", state(quant_type="fp4"), "quant_type is nf4"),
+    ("NF4", "weight.quant_state.bitsandbytes__nf4", state(blocksize=0), "a blocksize, got"),
+    ("NF4", "weight.quant_state.bitsandbytes__nf4", state(shape=[16, 32]), "512 values in halves"),
+    ("NF4", "weight.quant_state.bitsandbytes__nf4", state(shape=[1024, 1]), "an even number in"),
+    (
+        "NF4",
+        "weight.quant_state.bitsandbytes__nf4",
+        lambda _: torch.zeros(1 << 17, dtype=torch.uint8),
+        "has 131072 bytes, expected at most 65536",
+    ),
+    ("NF4, nested", "weight.nested_absmax", None, "weight.nested_quant_map' is of no format"),
+    (
+        "NF4, nested",
+        "weight.quant_state.bitsandbytes__nf4",
+        state(nested_offset=None),
+        "a nested_blocksize and a nested_offset",
+    ),
+]
+
+
+@pytest.mark.parametrize(("format", "part", "change", "message"), REFUSED)
+def test_what_contradicts_itself_is_refused_by_name(
+    tmp_path: Path, format: str, part: str, change: Change | None, message: str
+) -> None:
+    base = base_model()
+    tensors, _ = quantized_tensors(base, FORMATS[format])
+    before = tensors.pop(A_OF_Q + part, torch.zeros(1))
+    if change is not None:
+        tensors[A_OF_Q + part] = change(before)
+    with pytest.raises(AdapterInvalid) as caught:
+        inspect(base, write(tmp_path / "a", tensors))
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("format", "part"),
+    [("int8 per row", "weight_scale"), ("NF4", "weight.absmax"), ("bitsandbytes int8", "SCB")],
+)
+def test_a_scale_that_is_no_number_is_refused(
+    tmp_path: Path, format: str, part: str, value: float
+) -> None:
+    base = base_model()
+    tensors, _ = quantized_tensors(base, FORMATS[format])
+    tensors[A_OF_Q + part].view(-1)[3] = value
+    with pytest.raises(AdapterInvalid, match="has a scale that is infinite or not a number"):
+        image_of(base, write(tmp_path / "a", tensors))
+
+
+def test_values_that_become_too_great_are_refused(tmp_path: Path) -> None:
+    base = base_model(dtype=DType.FLOAT16)
+    tensors, _ = quantized_tensors(base, FORMATS["fp8 per tensor"])
+    tensors[A_OF_Q + "weight_scale"].fill_(1e4)
+    with pytest.raises(AdapterInvalid, match="a value too great for float16"):
+        image_of(base, write(tmp_path / "a", tensors))
+
+
+def test_adapters_that_differ_in_a_description_alone_share_no_plan(tmp_path: Path) -> None:
+    base = base_model()
+    tensors, _ = quantized_tensors(base, FORMATS["NF4"])
+    name = A_OF_Q + "weight.quant_state.bitsandbytes__nf4"
+    folders = AdapterFolders([str(tmp_path)], None)
+    inspector = Inspector(folders, base, 64, 1 << 22)
+    inspector.inspect(AdapterId(1), str(write(tmp_path / "a", tensors)))
+    described = bytes(tensors[name].tolist()).replace(b'"nf4"', b'"fp4"')
+    tensors[name] = torch.tensor(list(described), dtype=torch.uint8)
+    with pytest.raises(AdapterInvalid, match="quant_type is nf4"):
+        inspector.inspect(AdapterId(2), str(write(tmp_path / "b", tensors)))
+
+
+def damage(payload: bytes, rng: random.Random) -> bytes:
+    """Cuts the file short, or changes some bytes, most of them of its header."""
+    if rng.random() < 0.1:
+        return payload[: rng.randrange(len(payload))]
+    damaged = bytearray(payload)
+    header_bytes = 8 + int.from_bytes(payload[:8], "little")
+    for _ in range(rng.randint(1, 3)):
+        in_header = rng.random() < 0.7
+        at = rng.randrange(8, header_bytes) if in_header else rng.randrange(len(payload))
+        # In the header mostly digits become others, so that it stays JSON.
+        is_digit = in_header and damaged[at : at + 1].isdigit()
+        damaged[at] = rng.choice(b"0123456789") if is_digit else rng.randrange(256)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    "num_files", [20, pytest.param(6700, marks=pytest.mark.long)], ids=["some", "many"]
+)
+@pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS.keys())
+def test_a_damaged_file_is_refused_or_served_whole(
+    quantize: Quantize, num_files: int, tmp_path: Path, seed: int
+) -> None:
+    base, rng = base_model(num_layers=1), random.Random(seed)
+    tensors, _ = quantized_tensors(base, quantize)
+    folder = write(tmp_path / "a", tensors)
+    path, num_served = folder / "adapter_model.safetensors", 0
+    whole = path.read_bytes()
+    expected = len(image_of(base, folder))
+    for _ in range(num_files):
+        path.write_bytes(damage(whole, rng))
+        make_old(folder)
+        try:
+            assert len(image_of(base, folder)) == expected
+            num_served += 1
+        except SidestreamError:
+            pass
+    assert num_served < num_files
