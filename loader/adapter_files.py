@@ -25,6 +25,8 @@ from ipc.messages import FileIdentity
 MTIME_GRANULARITY_NS = 20_000_000
 SETTLE_TIMEOUT_S = 2.0
 
+GGUF_SUFFIX = ".gguf"
+
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -92,6 +94,18 @@ class AdapterFiles:
         return _Stamp(identity, status.st_ctime_ns, status.st_nlink)
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterPlace:
+    """Where an adapter lies: all of ``folder``, or the one file in it that is called ``name``."""
+
+    folder: str
+    name: str | None = None
+
+    @property
+    def path(self) -> str:
+        return self.folder if self.name is None else os.path.join(self.folder, self.name)
+
+
 class AdapterFolders:
     """The folders in which adapters may lie. Stateless beyond its configuration."""
 
@@ -100,13 +114,13 @@ class AdapterFolders:
         allowed = [*roots, *([] if lora_dir is None else [lora_dir])]
         self._roots = tuple(os.path.realpath(root) for root in allowed)
 
-    def resolve(self, path: str) -> str:
-        """The folder at ``path``, absolute and free of symbolic links.
+    def resolve(self, path: str) -> AdapterPlace:
+        """The folder or GGUF file at ``path``, absolute and free of symbolic links.
 
         Raises:
             InvalidRequest: the path is not absolute, or leads outside of the allowed roots.
             AdapterNotFound: there is nothing.
-            AdapterInvalid: there is something else than a folder.
+            AdapterInvalid: there is something else.
         """
         if not os.path.isabs(path) or "\0" in path:
             raise InvalidRequest(f"adapter path {path!r} is not an absolute path", param="path")
@@ -118,13 +132,16 @@ class AdapterFolders:
             raise AdapterNotFound(f"no adapter folder at {path}", param="path") from None
         except OSError as error:
             raise _cannot("look at", path, error) from error
+        if stat.S_ISREG(status.st_mode) and real.endswith(GGUF_SUFFIX):
+            return AdapterPlace(*os.path.split(real))
         if not stat.S_ISDIR(status.st_mode):
-            if path.endswith(".gguf"):
-                raise AdapterInvalid(f"{path}: GGUF adapters can not be served", param="path")
-            raise AdapterInvalid(f"{path} is no folder; expected one as PEFT saves", param="path")
-        return real
+            raise AdapterInvalid(
+                f"{path} is no folder; expected one as PEFT saves, or a {GGUF_SUFFIX} file",
+                param="path",
+            )
+        return AdapterPlace(real)
 
-    def resolve_name(self, name: str) -> str:
+    def resolve_name(self, name: str) -> AdapterPlace:
         """The folder of the adapter called ``name`` in the adapter folder.
 
         Raises:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.image import align
-from loader.native.runs import IMAGE_FORMATS, RUN, conversion_of
+from loader.native.runs import IMAGE_FORMATS, MEMORY, RUN, conversion_of
 from loader.plan import AdapterPlan
 from loader.scales import TensorScales
 
@@ -105,15 +105,19 @@ def _pieces(plan: AdapterPlan, block_bytes: int) -> Iterator[_Piece]:
         row_bytes = entry.num_bytes // entry.rows
         begin = plan.layout.stages[tensor.stage].offset + entry.offset
         num_rows = max(1, block_bytes // row_bytes)
+        if tensor.head_rows:
+            num_rows = max(1, num_rows // tensor.head_rows) * tensor.head_rows
         for first in range(0, entry.rows, num_rows):
             last = min(first + num_rows, entry.rows)
             start = begin + first * row_bytes
             # The last piece of an entry has its padding up to the next entry as well.
             stop = begin + (last * row_bytes if last < entry.rows else align(entry.num_bytes))
             rows = max(0, min(last, tensor.rows) - first)
+            # In memory, where it will be is not known yet.
+            offset = 0 if tensor.blocks is not None else tensor.file_offset
             run = (
-                tensor.file,
-                tensor.file_offset + first * file_row_bytes,
+                MEMORY if tensor.blocks is not None else tensor.file,
+                offset + first * file_row_bytes,
                 index,
                 conversion,
                 scaling,
@@ -124,5 +128,6 @@ def _pieces(plan: AdapterPlan, block_bytes: int) -> Iterator[_Piece]:
                 entry.offset + first * row_bytes,
                 entry.columns,
                 stop - start - rows * row_bytes,
+                tensor.head_rows,
             )
             yield _Piece(start, stop, run)

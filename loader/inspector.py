@@ -12,15 +12,18 @@ from functools import partial
 from ipc.base_model import BaseModel
 from ipc.errors import AdapterInvalid
 from ipc.messages import AdapterId, AdapterSource, Generation, Manifest
+from loader import gguf_header
 from loader.adapter_files import (
     MTIME_GRANULARITY_NS,
     SETTLE_TIMEOUT_S,
     AdapterFiles,
     AdapterFolders,
+    AdapterPlace,
 )
+from loader.gguf_adapter import plan_gguf
 from loader.peft_adapter import plan_adapter
 from loader.peft_config import parse_config
-from loader.peft_files import CONFIG_NAME, TensorFile, check_index, find_files
+from loader.peft_files import CONFIG_NAME, TensorFile, check_index, find_files, is_gguf
 from loader.plan import AdapterPlan
 from loader.quantized import TOLD_WHEN_INSPECTED
 from loader.safetensors_header import MAX_HEADER_BYTES, parse_header, read_header
@@ -86,7 +89,7 @@ class Inspector:
             AdapterInvalid: they have changed, or are gone.
             SidestreamError: as ``inspect``.
         """
-        folder = self._folders.resolve(source.path)
+        folder = self._folders.resolve(source.path).folder
         names = [identity.name for identity in source.generation.files]
         files = self._folders.open(folder, names)
         try:
@@ -101,8 +104,9 @@ class Inspector:
             files.close()
             raise
 
-    def _inspect(self, adapter_id: AdapterId, folder: str) -> Manifest:
-        names = find_files(folder)
+    def _inspect(self, adapter_id: AdapterId, place: AdapterPlace) -> Manifest:
+        folder = place.folder
+        names = find_files(folder) if place.name is None else (place.name,)
         deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
         while True:
             files = self._folders.open(folder, names)
@@ -118,7 +122,7 @@ class Inspector:
                 raise AdapterInvalid(f"{folder} is being written to: its files do not settle")
             self._sleep(MTIME_GRANULARITY_NS / 1e9)
         return Manifest(
-            path=folder,
+            path=place.path,
             generation=generation,
             format=plan.format,
             modules=plan.modules,
@@ -129,6 +133,8 @@ class Inspector:
 
     def _read(self, files: AdapterFiles) -> tuple[AdapterPlan, str]:
         """The plan and the digest of the bytes that it was made from."""
+        if is_gguf(files.names):
+            return self._read_gguf(files)
         texts = [_read_whole(files, index) for index in _texts(files)]
         headers = _read_headers(files)
         digest = hashlib.blake2b(digest_size=16)
@@ -149,12 +155,25 @@ class Inspector:
             check_index(index_text, tensor_files)
         read = partial(read_told, fds=files.fds)
         plan = plan_adapter(config, tensor_files, self.base, self.max_lora_rank, read)
+        self._check_fits(plan, files)
+        return plan
+
+    def _read_gguf(self, files: AdapterFiles) -> tuple[AdapterPlan, str]:
+        (identity,) = files.identities
+        payload = gguf_header.read_header(files.fds[0], identity.num_bytes)
+        header = gguf_header.parse_header(payload, identity.num_bytes, identity.name)
+        digest = hashlib.blake2b(payload[: header.num_bytes], digest_size=16).hexdigest()
+        plan = plan_gguf(header, self.base, self.max_lora_rank, identity.name)
+        self._check_fits(plan, files)
+        self._remember((digest, _tensor_bytes(files)), plan)
+        return plan, digest
+
+    def _check_fits(self, plan: AdapterPlan, files: AdapterFiles) -> None:
         if plan.layout.num_bytes > self._host_tier_bytes:
             raise AdapterInvalid(
                 f"{files.folder}: its image takes {plan.layout.num_bytes} bytes, more than all of"
                 f" --host-tier-memory, {self._host_tier_bytes}"
             )
-        return plan
 
     def _check_identity(self, files: AdapterFiles, source: AdapterSource) -> None:
         if files.identities != source.generation.files:
@@ -189,6 +208,8 @@ def _tensors(files: AdapterFiles) -> list[tuple[int, str, int]]:
 
 
 def _tensor_bytes(files: AdapterFiles) -> tuple[int, ...]:
+    if is_gguf(files.names):
+        return tuple(identity.num_bytes for identity in files.identities)
     return tuple(num_bytes for _, _, num_bytes in _tensors(files))
 
 

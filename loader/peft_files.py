@@ -2,7 +2,7 @@
 
 An adapter is ``adapter_config.json`` and either ``adapter_model.safetensors`` or shards of it
 (``adapter_model-00001-of-00003.safetensors`` …) with ``adapter_model.safetensors.index.json``,
-whose ``weight_map`` maps every tensor's name to the shard that holds it.
+whose ``weight_map`` maps every tensor's name to the shard that holds it; or it is one GGUF file.
 
 Source: ``save_torch_state_dict`` of huggingface_hub, given the pattern of PEFT's own name.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ipc.errors import AdapterInvalid
 from loader import strict_json
+from loader.adapter_files import GGUF_SUFFIX
 from loader.safetensors_header import FileTensor
 from loader.strict_json import shorten
 
@@ -60,7 +61,10 @@ def find_files(folder: str) -> tuple[str, ...]:
             )
         return (CONFIG_NAME, INDEX_NAME, *_complete(folder, shards, INDEX_NAME in names))
     if TENSORS_NAME not in names:
-        _refuse_other_formats(folder, names)
+        ggufs = sorted(name for name in names if name.endswith(GGUF_SUFFIX))
+        if len(ggufs) == 1 and CONFIG_NAME not in names:
+            return (ggufs[0],)
+        _refuse_other_formats(folder, names, ggufs)
     return (CONFIG_NAME, TENSORS_NAME)
 
 
@@ -121,7 +125,12 @@ def _complete(folder: str, shards: Sequence[str], has_index: bool) -> Sequence[s
     return shards
 
 
-def _refuse_other_formats(folder: str, names: set[str]) -> None:
+def is_gguf(names: Sequence[str]) -> bool:
+    """Whether these files of an adapter are one in GGUF."""
+    return len(names) == 1 and names[0].endswith(GGUF_SUFFIX)
+
+
+def _refuse_other_formats(folder: str, names: set[str], ggufs: Sequence[str]) -> None:
     """Says what a folder without a safetensors file has instead, if that is known."""
     pickles = sorted(filter(_PICKLE_NAME.fullmatch, names))
     if pickles:
@@ -130,5 +139,8 @@ def _refuse_other_formats(folder: str, names: set[str]) -> None:
             f" trust it, convert it: PEFT's PeftModel.from_pretrained reads it, and"
             f" save_pretrained writes {TENSORS_NAME}"
         )
-    if any(name.endswith(".gguf") for name in names):
-        raise AdapterInvalid(f"{folder}: GGUF adapters can not be served, only {TENSORS_NAME}")
+    if ggufs:
+        raise AdapterInvalid(
+            f"{folder} has {', '.join(ggufs[:3])}: expected one {GGUF_SUFFIX} file and no"
+            f" {CONFIG_NAME}, or the path of the file itself"
+        )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ipc.base_model import DType
 from ipc.image import AdapterModule, Entry, ImageLayout
+from loader.ggml_types import GgmlType
 from loader.native.runs import Format
 from loader.scales import TensorScales
 
@@ -15,7 +16,9 @@ class TensorPlan:
     The file holds ``[rows, columns]`` values in ``format``, row-major, from ``file_offset`` on:
     whole units in each row. They are multiplied by their ``scales``, if any, and cast to the
     image's dtype; rows and columns that the entry has beyond them are zeros. ``file`` is an index
-    into the adapter's files.
+    into the adapter's files. Rows come in heads of ``head_rows``, halves in turns, see ``RUN``; 0:
+    they come in their order. With ``blocks`` the file holds those, which are made into ``format``
+    in memory first.
     """
 
     name: str
@@ -27,11 +30,13 @@ class TensorPlan:
     stage: int
     entry: Entry
     scales: TensorScales | None = None
+    head_rows: int = 0
+    blocks: GgmlType | None = None
 
     @property
     def file_bytes(self) -> int:
         """Bytes that are read for it."""
-        num_bytes = self.format.num_bytes(self.rows * self.columns)
+        num_bytes = (self.blocks or self.format).num_bytes(self.rows * self.columns)
         return num_bytes + (self.scales.file_bytes if self.scales is not None else 0)
 
 

@@ -28,6 +28,26 @@ _MAX_TOLD_BYTES = 1 << 16
 FLOAT_DTYPES = (TensorDType.F32, TensorDType.F16, TensorDType.BF16)
 
 
+def read_all(fd: int, offset: int, num_bytes: int, name: str) -> bytes:
+    """The bytes of the tensor called ``name``.
+
+    Raises:
+        AdapterInvalid: the file is shorter by now.
+        OSError: the read failed.
+    """
+    parts = []
+    while num_bytes:
+        part = os.pread(fd, num_bytes, offset)
+        if not part:
+            raise AdapterInvalid(
+                f"tensor {name!r}: its file ends at byte {offset}: it was cut short"
+            )
+        parts.append(part)
+        offset += len(part)
+        num_bytes -= len(part)
+    return b"".join(parts)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in the ``file``-th of an adapter's files, which is called ``file_name``."""
@@ -43,16 +63,8 @@ class StoredTensor:
             AdapterInvalid: the file is shorter by now.
             OSError: the read failed.
         """
-        parts = []
-        offset, left = self.tensor.offset, self.tensor.num_bytes
-        while left:
-            part = os.pread(fds[self.file], left, offset)
-            if not part:
-                raise AdapterInvalid(f"{self.file_name} ends at byte {offset}: it was cut short")
-            parts.append(part)
-            offset += len(part)
-            left -= len(part)
-        return b"".join(parts)
+        tensor = self.tensor
+        return read_all(fds[self.file], tensor.offset, tensor.num_bytes, tensor.name)
 
     def read_floats(self, fds: Sequence[int]) -> Floats:
         """Its values, flat, exactly; raises as ``read``, and if one is not finite."""

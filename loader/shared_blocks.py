@@ -16,6 +16,7 @@ from loader.blocks import Block, BlockTable
 from loader.host_tier import HostImage
 from loader.native.runs import SCALING, Fault, Turn
 from loader.plan import AdapterPlan
+from loader.scales import read_all
 
 NO_EVENT = -1
 
@@ -34,8 +35,8 @@ class SharedBlocks:
         self.turn_address = self._turn.ctypes.data
         self.finished_address = self._finished.ctypes.data
         self._scalings: NDArray[np.void] | None = None
-        # What the scalings point to.
-        self._pairs: list[NDArray[np.float32]] = []
+        # What scalings and runs point to.
+        self._kept: list[NDArray[np.float32]] = []
         self._lock = threading.Lock()
 
     @property
@@ -43,23 +44,39 @@ class SharedBlocks:
         # Every thread that finds none left has counted on.
         return min(int(self._turn[Turn.NEXT]), self.table.num_blocks)
 
-    def scalings(self, fds: Sequence[int]) -> NDArray[np.void]:
-        """``[1 + num_scales]`` of ``SCALING``. The first thread that asks reads the scales.
+    def prepare(self, plan: AdapterPlan, fds: Sequence[int]) -> NDArray[np.void]:
+        """Reads what is needed ahead of all blocks, if that has not been done.
+
+        Returns ``[1 + num_scales]`` of ``SCALING``.
 
         Raises:
-            AdapterInvalid: one is not finite, or a file ends too early.
+            AdapterInvalid: a scale is not finite, or a file ends too early.
             OSError: the read failed.
         """
         with self._lock:
             if self._scalings is None:
-                self._pairs = [scales.source.read(fds) for scales in self.table.scales]
-                scalings = np.zeros(1 + len(self._pairs), SCALING)
-                for number, (scales, pairs) in enumerate(
-                    zip(self.table.scales, self._pairs, strict=True), 1
-                ):
-                    scalings[number] = (pairs.ctypes.data, *astuple(scales.grid))
-                self._scalings = scalings
+                self._scalings = self._read_scales(fds)
+                self._read_foreign(plan, fds)
             return self._scalings
+
+    def _read_scales(self, fds: Sequence[int]) -> NDArray[np.void]:
+        scalings = np.zeros(1 + len(self.table.scales), SCALING)
+        for number, scales in enumerate(self.table.scales, 1):
+            pairs = scales.source.read(fds)
+            self._kept.append(pairs)
+            scalings[number] = (pairs.ctypes.data, *astuple(scales.grid))
+        return scalings
+
+    def _read_foreign(self, plan: AdapterPlan, fds: Sequence[int]) -> None:
+        """Tensors that compiled code does not read become what it does, in memory."""
+        runs = self.table.runs
+        for index, tensor in enumerate(plan.tensors):
+            if tensor.blocks is not None:
+                num_bytes = tensor.blocks.num_bytes(tensor.rows * tensor.columns)
+                payload = read_all(fds[tensor.file], tensor.file_offset, num_bytes, tensor.name)
+                values = tensor.blocks.dequantize(payload, tensor.rows, tensor.columns)
+                self._kept.append(values)
+                runs["file_offset"][runs["tensor"] == index] += values.ctypes.data
 
     def halt(self) -> None:
         """Threads take no further block of these until ``go_on``."""
@@ -102,11 +119,12 @@ class BlockReader:
         """
         table = blocks.table
         hook = None if self._before_block is None else _Hook(self._before_block, table)
+        scalings = blocks.prepare(plan, files.fds)
         fault, index, detail = self._fill_blocks(
             table.runs,
             table.first_runs,
             self._conversions,
-            blocks.scalings(files.fds),
+            scalings,
             np.array(files.fds, np.int64),
             image.stage_addresses,
             blocks.turn_address,

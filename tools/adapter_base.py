@@ -7,10 +7,11 @@ from pathlib import Path
 
 from engine.models.config import read_model_config
 from ipc.base_model import LINEAR_GROUPS, BaseModel, DType, LinearShape
+from ipc.errors import InvalidRequest
 from ipc.image import EntryKind
 from loader.adapter_files import AdapterFolders
 from loader.peft_adapter import gather
-from loader.peft_files import TensorFile, find_files
+from loader.peft_files import TensorFile, find_files, is_gguf
 from loader.quantized import ReadSmall, encoding_of
 from loader.safetensors_header import parse_header, read_header
 from loader.scales import read_told
@@ -46,8 +47,11 @@ def base_of_adapter(folders: AdapterFolders, path: str, dtype: DType | None) -> 
     Raises:
         SidestreamError: the files can not be found or read.
     """
-    folder = folders.resolve(path)
-    files = folders.open(folder, find_files(folder))
+    place = folders.resolve(path)
+    names = find_files(place.folder) if place.name is None else (place.name,)
+    if is_gguf(names):
+        raise InvalidRequest(f"{place.path}: --model is needed to look at a GGUF adapter")
+    files = folders.open(place.folder, names)
     try:
         tensor_files = []
         for index, identity in enumerate(files.identities):

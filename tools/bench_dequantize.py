@@ -4,7 +4,7 @@ Each format's tensors lie in the page cache, A's (few long rows) and B's (many s
 parts, and threads fill bf16 images from them as the loader does, without the interpreter's lock.
 Per format and number of threads the table has GB/s of image, and that over the plain cast from
 fp32 by as many threads; beside it stands what a copy of memory reaches, read and written bytes
-counted. Run as ``python -m tools.bench_dequantize``.
+counted. Run as ``python -m tools.bench_dequantize``, with the package gguf installed.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from loader.native.casts import CONVERSIONS
@@ -68,6 +70,11 @@ CASES = (
     Case("int8, scale per row", Format.INT8, per_row, 0.50),
     Case("int4, scale per row", Format.INT4, per_row),
     Case("NF4, blocks of 64", Format.NF4, by_64, 0.35),
+    Case("Q8_0", Format.Q8_0, None, 0.50),
+    Case("Q4_0", Format.Q4_0, None),
+    Case("Q5_1", Format.Q5_1, None),
+    Case("Q4_K", Format.Q4_K, None),
+    Case("Q6_K", Format.Q6_K, None),
 )
 
 
@@ -103,9 +110,10 @@ class Bench:
         self._fd = os.open(path, os.O_RDONLY)
         self._image = np.zeros(NUM_VALUES, np.uint16)
         self._case = case
+        self._columns = A_COLUMNS, max(B_COLUMNS, case.format.unit_values)
         self._pairs: list[NDArray[np.float32]] = []
         self._scalings = np.zeros(3, SCALING)
-        for number, columns in enumerate((A_COLUMNS, B_COLUMNS), 1):
+        for number, columns in enumerate(self._columns, 1):
             if case.grid is not None:
                 rows = NUM_VALUES // 2 // columns
                 grid = case.grid(rows, columns)
@@ -134,10 +142,18 @@ class Bench:
         list(self._threads.map(self._fill, parts))
         return time.perf_counter() - begin_s
 
+    def seconds_of_package(self) -> float:
+        """Of what gguf's own dequantizer makes of the same blocks, in float32."""
+        blocks = np.frombuffer(os.pread(self._fd, 2 * self._half_bytes, 0), np.uint8)
+        rows = blocks.reshape(-1, self._case.format.num_bytes(A_COLUMNS))
+        begin_s = time.perf_counter()
+        dequantize(rows, GGMLQuantizationType[self._case.format.name])
+        return time.perf_counter() - begin_s
+
     def _part(self, number: int, num_threads: int) -> Part:
         """A thread's rows of both halves, and scratch memory."""
         runs = []
-        for half, columns in enumerate((A_COLUMNS, B_COLUMNS)):
+        for half, columns in enumerate(self._columns):
             rows = NUM_VALUES // 2 // columns
             first, last = (rows * each // num_threads for each in (number, number + 1))
             fields = {
@@ -198,6 +214,11 @@ def measure(folder: Path, thread_counts: Sequence[int]) -> list[Figure]:
                 cast_s, case_s = map(statistics.median, zip(*rounds[1:], strict=True))
                 rate = 2 * NUM_VALUES / case_s / GB
                 figures.append(Figure(case.name, num_threads, rate, cast_s / case_s, case.goal))
+            if case.format is Format.Q8_0:
+                rate = 2 * NUM_VALUES / bench.seconds_of_package() / GB
+                cast_s = statistics.median(plain.run(1) for _ in range(NUM_ROUNDS))
+                ratio = rate * GB * cast_s / (2 * NUM_VALUES)
+                figures.append(Figure(f"{case.name} by the package gguf", 1, rate, ratio, None))
             bench.close()
         plain.close()
     return figures

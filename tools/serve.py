@@ -235,6 +235,12 @@ def _folder(text: str, argument: str) -> Path:
     return path
 
 
+def _adapter_path(text: str, argument: str) -> Path:
+    """A folder, or a GGUF file, absolute and free of symbolic links."""
+    path = Path(text).resolve()
+    return path if path.is_file() and path.suffix == ".gguf" else _folder(text, argument)
+
+
 def _start_adapters(
     named_paths: Sequence[tuple[str, str]], pins: Sequence[str], lora_dir: Path | None, base: str
 ) -> tuple[StartAdapter, ...]:
@@ -244,8 +250,8 @@ def _start_adapters(
             raise InvalidRequest(f"--lora {name}: the base model is called {name} already")
         if name in adapters:
             raise InvalidRequest(f"--lora {name}: this name was given twice")
-        folder = _folder(path, f"--lora {name}")
-        adapters[name] = StartAdapter(name, str(folder), pinned=name in pins)
+        place = _adapter_path(path, f"--lora {name}")
+        adapters[name] = StartAdapter(name, str(place), pinned=name in pins)
     for name in pins:
         if name in adapters:
             continue

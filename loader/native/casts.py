@@ -14,6 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loader.native.compiler import Converter, converter
+from loader.native.ggml_blocks import (
+    widen_q4_0,
+    widen_q4_1,
+    widen_q4_k,
+    widen_q5_0,
+    widen_q5_1,
+    widen_q5_k,
+    widen_q6_k,
+    widen_q8_0,
+)
 from loader.native.runs import CONVERSION, IMAGE_FORMATS, Fault, Format, conversion_of
 from loader.nf4 import NF4_VALUES
 
@@ -185,6 +195,14 @@ _WIDEN = {
     Format.INT8: widen_int8,
     Format.INT4: widen_int4,
     Format.NF4: widen_nf4,
+    Format.Q4_0: widen_q4_0,
+    Format.Q4_1: widen_q4_1,
+    Format.Q5_0: widen_q5_0,
+    Format.Q5_1: widen_q5_1,
+    Format.Q8_0: widen_q8_0,
+    Format.Q4_K: widen_q4_k,
+    Format.Q5_K: widen_q5_k,
+    Format.Q6_K: widen_q6_k,
 }
 _NARROW = {Format.FLOAT16: narrow_float16, Format.BFLOAT16: narrow_bfloat16}
 _CHECK = {

@@ -22,7 +22,7 @@ from loader.native.compiler import (
     memset,
     pread,
 )
-from loader.native.runs import CONVERSION, RUN, SCALING, Fault
+from loader.native.runs import CONVERSION, MEMORY, RUN, SCALING, Fault
 
 # Of bfloat16 512 KiB, half of a common second-level cache. The larger a read, the faster the system
 # copies: on one core of an EPYC 8 GB/s by 16 KiB, 11 GB/s by 256 KiB, 13 GB/s by 1 MiB.
@@ -38,7 +38,10 @@ _INTEGERS = array(np.dtype(np.int64))
 
 @inlined
 def _read(fd: int, offset: int, target: int, num_bytes: int) -> tuple[int, int]:
-    """Reads all of ``num_bytes``; a ``Fault`` and its detail."""
+    """Reads all of ``num_bytes``; a ``Fault`` and its detail. ``fd`` may be ``MEMORY``."""
+    if fd == MEMORY:
+        memcpy(target, offset, num_bytes)
+        return Fault.NONE.value, 0
     stop = offset + num_bytes
     while offset < stop:
         count = pread(fd, target, stop - offset, offset)
@@ -110,13 +113,19 @@ def _convert(
 
 
 @inlined
-def _set_apart(rows: int, num_rows: int, num_bytes: int, target: int, target_bytes: int) -> None:
+def _set_apart(
+    rows: int, num_rows: int, num_bytes: int, target: int, target_bytes: int, head_rows: int
+) -> None:
     """Copies rows of ``num_bytes`` that touch to where each has ``target_bytes``, zeros behind."""
-    for _ in range(num_rows):
-        memcpy(target, rows, num_bytes)
-        memset(target + num_bytes, 0, target_bytes - num_bytes)
+    for row in range(num_rows):
+        place = row
+        if head_rows != 0:
+            in_head = row % head_rows
+            place = row - in_head + in_head % 2 * (head_rows // 2) + in_head // 2
+        to = target + place * target_bytes
+        memcpy(to, rows, num_bytes)
+        memset(to + num_bytes, 0, target_bytes - num_bytes)
         rows += num_bytes
-        target += target_bytes
 
 
 @inlined
@@ -127,12 +136,15 @@ def _fill_run(
     in_place = conversion["widen"] == 0 and conversion["narrow"] == 0
     value_bytes = conversion["target_bytes"]
     rows, columns, entry_columns = run["rows"], run["columns"], run["entry_columns"]
-    if columns == entry_columns:
+    head_rows = run["head_rows"]
+    if columns == entry_columns and head_rows == 0:
         # Rows that touch are as good as one.
         columns = entry_columns = rows * columns
         rows = min(rows, 1)
     offset, first_value = run["file_offset"], run["first_value"]
     rows_at_once = max(1, TILE_VALUES // max(1, columns))
+    if head_rows != 0:
+        rows_at_once = max(head_rows, rows_at_once // head_rows * head_rows)
     for row in range(0, rows, rows_at_once):
         num_rows = min(rows_at_once, rows - row)
         # One tile, but for one row that is wider.
@@ -151,7 +163,7 @@ def _fill_run(
             first_value += num_values
         row_bytes, entry_bytes = columns * value_bytes, entry_columns * value_bytes
         if num_rows > 1:
-            _set_apart(scratch, num_rows, row_bytes, place, entry_bytes)
+            _set_apart(scratch, num_rows, row_bytes, place, entry_bytes, head_rows)
         else:
             memset(place + row_bytes, 0, entry_bytes - row_bytes)
         place += num_rows * entry_bytes
@@ -179,7 +191,8 @@ def fill(
         conversion = conversions[run["conversion"]]
         place = stages[run["stage"]] + run["stage_offset"]
         scaling = scalings[run["scaling"]]
-        fault, detail = _fill_run(run, conversion, scaling, fds[run["file"]], place, scratch)
+        fd = MEMORY if run["file"] == MEMORY else fds[run["file"]]
+        fault, detail = _fill_run(run, conversion, scaling, fd, place, scratch)
         if fault != 0:
             return fault, index, detail
     return Fault.NONE.value, 0, 0

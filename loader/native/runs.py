@@ -20,6 +20,7 @@ class Format(IntEnum):
     | `INT8`     | 1 in 1          | whole numbers of -128 to 127                              |
     | `INT4`     | 8 in 4          | those of -8 to 7, plus 8, the first in the lowest bits    |
     | `NF4`      | 2 in 1          | indices into ``NF4_VALUES``, the first in the higher bits |
+    | `Q…`       | blocks          | see ``loader.native.ggml_blocks``                         |
     """
 
     FLOAT32 = 0
@@ -30,6 +31,14 @@ class Format(IntEnum):
     INT8 = 5
     INT4 = 6
     NF4 = 7
+    Q4_0 = 8
+    Q4_1 = 9
+    Q5_0 = 10
+    Q5_1 = 11
+    Q8_0 = 12
+    Q4_K = 13
+    Q5_K = 14
+    Q6_K = 15
 
     @property
     def unit_values(self) -> int:
@@ -44,7 +53,10 @@ class Format(IntEnum):
         return num_values // self.unit_values * self.unit_bytes
 
 
-_UNITS = ((1, 4), (1, 2), (1, 2), (1, 1), (1, 1), (1, 1), (8, 4), (2, 1))
+_UNITS = (
+    *((1, 4), (1, 2), (1, 2), (1, 1), (1, 1), (1, 1), (8, 4), (2, 1)),
+    *((32, 18), (32, 20), (32, 22), (32, 24), (32, 34), (256, 144), (256, 176), (256, 210)),
+)
 
 FILE_FORMATS = {
     TensorDType.F32: Format.FLOAT32,
@@ -97,16 +109,22 @@ class Turn(IntEnum):
 
 _RUN_FIELDS = (
     *("file", "file_offset", "tensor", "conversion", "scaling", "first_value", "rows", "columns"),
-    *("stage", "stage_offset", "entry_columns", "num_zeros"),
+    *("stage", "stage_offset", "entry_columns", "num_zeros", "head_rows"),
 )
+MEMORY = -1
+
 RUN = np.dtype([(name, np.int64) for name in _RUN_FIELDS])
 """Whole rows of one tensor, and where they go.
 
-``[rows, columns]`` values lie row-major in file ``file`` from byte ``file_offset`` on; the first
-is the tensor's ``first_value``-th. Converted by ``conversion``, and multiplied as ``scaling`` says,
-they become ``[rows, entry_columns]`` of stage ``stage`` of the image, from its byte
-``stage_offset`` on, each row filled up with zeros. ``num_zeros`` bytes of zeros follow the last
-row. ``tensor`` is an index into the plan's tensors.
+``[rows, columns]`` values lie row-major in file ``file`` from byte ``file_offset`` on, or in memory
+from that address on if ``file`` is ``MEMORY``; the first is the tensor's ``first_value``-th.
+Converted by ``conversion``, and multiplied as ``scaling`` says, they become ``[rows,
+entry_columns]`` of stage ``stage`` of the image, from its byte ``stage_offset`` on, each row filled
+up with zeros. ``num_zeros`` bytes of zeros follow the last row. ``tensor`` is an index into the
+plan's tensors.
+
+Where ``head_rows`` is not 0, as many rows are a head, and the file has those of its two halves in
+turns: they become the one half, then the other. The run consists of whole heads.
 """
 
 CONVERSION = np.dtype(

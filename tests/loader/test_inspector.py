@@ -171,12 +171,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_gguf_is_refused(tmp_path: Path) -> None:
+def test_several_gguf_files_are_not_chosen_among(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/adapter.gguf").write_bytes(b"GGUF")
-    assert "GGUF adapters can not be served" in refusal(tmp_path / "a")
-    with pytest.raises(AdapterInvalid, match="GGUF adapters can not be served"):
-        inspector(tmp_path).inspect(AdapterId(1), str(tmp_path / "a/adapter.gguf"))
+    for name in ("one.gguf", "two.gguf"):
+        (tmp_path / "a" / name).write_bytes(b"GGUF")
+    assert "has one.gguf, two.gguf: expected one .gguf file" in refusal(tmp_path / "a")
 
 
 def test_tensor_file_that_is_a_folder_or_a_fifo_is_refused(tmp_path: Path) -> None:

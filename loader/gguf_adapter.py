@@ -1,0 +1,164 @@
+"""Turns the header of a GGUF adapter into a plan, or says what is wrong.
+
+A tensor is called ``blk.N.attn_q.weight.lora_a`` (``[r, in]``) or ``….lora_b`` (``[out, r]``).
+The scaling is ``alpha / r`` with each module's own rank, or 1 where ``adapter.lora.alpha`` is 0 or
+not there. For Llama and Mistral the writer has interleaved the rows of q and k, of B that is.
+
+Sources: ``llama_adapter_lora_init_impl`` and ``llama_adapter_lora_weight::get_scale`` of llama.cpp;
+``permute`` of its ``convert_hf_to_gguf.py``.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from ipc.base_model import BaseModel
+from ipc.errors import AdapterInvalid
+from ipc.image import AdapterModule, EntryKind, layout_image
+from loader.gguf_header import GgufHeader, GgufTensor
+from loader.native.runs import Format
+from loader.plan import AdapterPlan, TensorPlan
+from loader.strict_json import shorten
+
+FORMAT = "gguf"
+
+_MODULES = {
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+}
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_INTERLEAVED = "llama"
+_TENSOR_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(\w+)\.weight\.(lora_a|lora_b)")
+_KINDS = {"lora_a": EntryKind.LORA_A, "lora_b": EntryKind.LORA_B}
+_ALPHA = "adapter.lora.alpha"
+_Place = tuple[int, str]
+"""A layer and a linear of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    a: GgufTensor
+    b: GgufTensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+def plan_gguf(header: GgufHeader, base: BaseModel, max_lora_rank: int, where: str) -> AdapterPlan:
+    """The plan of the adapter in file 0, which is called ``where``.
+
+    Raises:
+        AdapterInvalid: it is no adapter of ``base``, or a part of it can not be served.
+    """
+    architecture = _check_metadata(header, base, where)
+    alpha = header.metadata.get(_ALPHA, 0.0)
+    if type(alpha) is not float or not abs(alpha) < 2.0**64:
+        raise AdapterInvalid(f"{where}: {_ALPHA}: expected a number, got {shorten(alpha)}")
+    pairs = _pairs(header, base, where)
+    modules = []
+    for (layer, name), pair in sorted(pairs.items()):
+        _check_pair(pair, base, name, max_lora_rank, where)
+        scaling = alpha / pair.rank if alpha else 1.0
+        modules.append(AdapterModule(base.layer_stage(layer), name, pair.rank, scaling))
+    if not modules:
+        raise AdapterInvalid(f"{where} has no low-rank pair")
+    layout = layout_image(base, modules)
+    head_rows = {"q_proj": 0, "k_proj": 0}
+    if architecture == _INTERLEAVED:
+        head_rows["q_proj"] = base.linear("q_proj").out_features // base.num_heads
+        head_rows["k_proj"] = base.linear("k_proj").out_features // base.num_kv_heads
+    plans = []
+    for stage_index, stage in enumerate(layout.stages):
+        for entry in stage.entries:
+            pair = pairs[stage_index - base.layer_stage(0), entry.module]
+            is_a = entry.kind is EntryKind.LORA_A
+            tensor = pair.a if is_a else pair.b
+            rows, columns = tensor.shape
+            plans.append(
+                TensorPlan(
+                    tensor.name,
+                    0,
+                    tensor.offset,
+                    tensor.type.format or Format.FLOAT32,
+                    rows,
+                    columns,
+                    stage_index,
+                    entry,
+                    head_rows=0 if is_a else head_rows.get(entry.module, 0),
+                    blocks=None if tensor.type.format is not None else tensor.type,
+                )
+            )
+    return AdapterPlan(FORMAT, tuple(modules), layout, base.dtype, tuple(plans))
+
+
+def _check_metadata(header: GgufHeader, base: BaseModel, where: str) -> str:
+    """Returns the architecture, as llama.cpp names it."""
+    architecture = _ARCHITECTURES.get(base.architecture)
+    expected = {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "general.architecture": architecture,
+    }
+    for field, value in expected.items():
+        got = header.metadata.get(field)
+        if got != value:
+            raise AdapterInvalid(
+                f"{where}: {field}: expected {value!r} beside a {base.architecture}, got"
+                f" {shorten(got)}"
+            )
+    for field in header.metadata:
+        if field.startswith("adapter.") and field not in (_ALPHA, "adapter.type"):
+            raise AdapterInvalid(f"{where}: {shorten(field)} can not be served")
+    assert architecture is not None, base.architecture
+    return architecture
+
+
+def _pairs(header: GgufHeader, base: BaseModel, where: str) -> dict[_Place, _Pair]:
+    halves: dict[_Place, dict[EntryKind, GgufTensor]] = {}
+    for tensor in header.tensors:
+        match = _TENSOR_NAME.fullmatch(tensor.name)
+        name = None if match is None else _MODULES.get(match[2])
+        if match is None or name is None or int(match[1]) >= base.num_layers:
+            raise AdapterInvalid(
+                f"{where}: tensor {shorten(tensor.name, 160)} can not be served; expected"
+                f" blk.N.<linear layer>.weight.lora_a or .lora_b with N below {base.num_layers} and"
+                f" one of {', '.join(_MODULES)}"
+            )
+        halves.setdefault((int(match[1]), name), {})[_KINDS[match[3]]] = tensor
+    pairs = {}
+    for place, half in halves.items():
+        for short, kind in _KINDS.items():
+            if kind not in half:
+                other = next(iter(half.values()))
+                raise AdapterInvalid(f"{where} has no {short} beside {other.name}")
+        pairs[place] = _Pair(half[EntryKind.LORA_A], half[EntryKind.LORA_B])
+    return pairs
+
+
+def _check_pair(pair: _Pair, base: BaseModel, name: str, max_lora_rank: int, where: str) -> None:
+    shape = base.linear(name)
+    for tensor, expected in (
+        (pair.a, (pair.rank, shape.in_features)),
+        (pair.b, (shape.out_features, pair.rank)),
+    ):
+        if tensor.shape != expected:
+            raise AdapterInvalid(
+                f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, expected"
+                f" {list(expected)}"
+            )
+    assert math.prod(pair.a.shape) > 0
+    if pair.rank > max_lora_rank:
+        raise AdapterInvalid(
+            f"rank {pair.rank} of {pair.a.name} exceeds --max-lora-rank {max_lora_rank}"
+        )
