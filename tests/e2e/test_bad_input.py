@@ -183,6 +183,20 @@ def test_an_adapter_that_is_put_in_anothers_place_answers_from_then_on(
     assert server.answer("moving", prompt) == tiny_model.answers["reverse"][5]
 
 
+def test_a_replacement_that_is_refused_leaves_the_old_adapter_serving(
+    server: Server, adapter: Path, tiny_model: TinyModel, root: Path
+) -> None:
+    prompt = tiny_model.prompts[6]
+    assert load(server, "staying", adapter).status_code == 200
+    broken = root / "broken-replacement"
+    shutil.copytree(tiny_model.adapters["reverse"], broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"no tensors at all")
+    body = {"lora_name": "staying", "lora_path": str(broken), "load_inplace": True}
+    refused = server.http.post("/v1/load_lora_adapter", json=body)
+    assert refused.status_code == 422 and "its header claims" in refused.text, refused.text
+    assert server.answer("staying", prompt) == tiny_model.answers["shout"][6]
+
+
 def test_token_ids_of_a_prompt_must_be_in_the_vocabulary(server: Server) -> None:
     body = {"model": "tiny", "prompt": [1, 2, 10_000_000], "max_tokens": 4}
     text = message(server.http.post("/v1/completions", json=body), 400)
