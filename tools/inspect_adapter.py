@@ -11,9 +11,10 @@ from rich.table import Table
 
 from ipc.base_model import LINEAR_MODULES, BaseModel, DType
 from ipc.image import align, layout_image
-from ipc.messages import AdapterId, Manifest
+from ipc.messages import AdapterId, AdapterSource, Manifest
 from loader.adapter_files import AdapterFolders
 from loader.inspector import Inspector
+from loader.plan import AdapterPlan
 from tools.adapter_base import DEFAULT_DTYPE, base_of_adapter, base_of_model
 from tools.options.adapters import ADAPTERS
 from tools.values import choices, parse_choice
@@ -44,7 +45,9 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         "Says what an adapter is and what it would take, or why a server would refuse it; exit"
         " status 1 then. No server has to run."
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="The adapter's folder.")
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="The adapter's folder, or GGUF file."
+    )
     parser.add_argument(
         "--model",
         type=Path,
@@ -81,8 +84,20 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
     )
     inspector = Inspector(folders, base, max_lora_rank, host_tier_bytes)
     manifest = inspector.inspect(AdapterId(0), path)
-    print_manifest(manifest, base, arguments.model, console)
+    adapter = inspector.open(AdapterSource(manifest.path, manifest.generation))
+    adapter.files.close()
+    print_manifest(manifest, base, arguments.model, encodings(adapter.plan), console)
     return 0
+
+
+def encodings(plan: AdapterPlan) -> str:
+    """How its tensors are written: ``float16, int8 with scales``."""
+    found = {
+        (tensor.blocks or tensor.format).name.lower()
+        + ("" if tensor.scales is None else " with scales")
+        for tensor in plan.tensors
+    }
+    return ", ".join(sorted(found))
 
 
 def module_rows(manifest: Manifest, base: BaseModel) -> list[ModuleRow]:
@@ -108,9 +123,12 @@ def module_rows(manifest: Manifest, base: BaseModel) -> list[ModuleRow]:
 
 
 def print_manifest(
-    manifest: Manifest, base: BaseModel, model: Path | None, console: Console
+    manifest: Manifest, base: BaseModel, model: Path | None, written: str, console: Console
 ) -> None:
-    """Prints what the adapter is, then a row for each kind of module; ``model`` names the base."""
+    """Prints what the adapter is, then a row for each kind of module.
+
+    ``model`` names the base; ``written`` is how the tensors are, see ``encodings``.
+    """
     rows = module_rows(manifest, base)
     facts = Table(box=None, pad_edge=False, show_header=False)
     facts.add_column("")
@@ -119,7 +137,7 @@ def print_manifest(
     ranks = sorted({row.rank for row in rows})
     for name, value in (
         ("adapter", manifest.path),
-        ("format", manifest.format),
+        ("format", f"{manifest.format}, {written}"),
         ("base", f"{base.num_layers} layers, {of_base}"),
         ("modules", str(len(manifest.modules))),
         ("ranks", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"),

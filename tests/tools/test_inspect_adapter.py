@@ -20,6 +20,8 @@ from tests.adapters import (
     write_adapter,
     write_folder,
 )
+from tests.e2e.test_quantized_adapters import requantize, write_gguf
+from tests.loader.test_quantized import row_scaled
 from tools.adapter_base import base_of_adapter
 from tools.cli import main
 from tools.inspect_adapter import (
@@ -78,7 +80,7 @@ def test_modules_that_are_alike_are_one_row(adapter: Path) -> None:
 def test_the_table_fits_the_terminal_and_keeps_every_value(
     adapter: Path, width: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_manifest(manifest_of(adapter), BASE, None, Console(width=width))
+    print_manifest(manifest_of(adapter), BASE, None, "float32", Console(width=width))
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= width for line in lines)
     assert str(adapter) in "".join(line[13:].strip() for line in lines[:4])
@@ -100,13 +102,28 @@ def test_facts_of_the_whole_adapter_are_told(
     facts = [line.rstrip() for line in output.splitlines()[:7]]
     assert facts == [
         f"adapter      {adapter}",
-        "format       peft",
+        "format       peft, float32",
         "base         6 layers, as its tensors tell; --model checks it",
         "modules      18",
         "ranks        3 to 8",
         f"on disk      {format_bytes(manifest.file_bytes)} of tensors",
         f"in the pool  {format_bytes(manifest.image_bytes // 2)} in bfloat16",
     ]
+
+
+def test_it_says_how_tensors_are_written(
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = requantize(tiny_model.adapters["json"], tmp_path / "a", row_scaled("int8"))
+    _, output, _ = inspect(capsys, folder, "--model", tiny_model.base)
+    assert "format       peft, int8 with scales" in output
+    config = json.loads((tiny_model.base / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    path = write_gguf(tiny_model.adapters["pirate"], tmp_path / "b.gguf", heads)
+    _, output, _ = inspect(capsys, path, "--model", tiny_model.base)
+    assert "format       gguf, q8_0" in output
+    status, _, error = inspect(capsys, path)
+    assert status == 1 and "--model is needed to look at a GGUF adapter" in error
 
 
 def test_the_pools_bytes_follow_the_dtype(
