@@ -115,7 +115,7 @@ class AdapterFolders:
         self._roots = tuple(os.path.realpath(root) for root in allowed)
 
     def resolve(self, path: str) -> AdapterPlace:
-        """The folder or GGUF file at ``path``, absolute and free of symbolic links.
+        """The folder or GGUF file at ``path``, absolute; its folder is free of symbolic links.
 
         Raises:
             InvalidRequest: the path is not absolute, or leads outside of the allowed roots.
@@ -132,8 +132,10 @@ class AdapterFolders:
             raise AdapterNotFound(f"no adapter folder at {path}", param="path") from None
         except OSError as error:
             raise _cannot("look at", path, error) from error
-        if stat.S_ISREG(status.st_mode) and real.endswith(GGUF_SUFFIX):
-            return AdapterPlace(*os.path.split(real))
+        folder, name = os.path.split(path)
+        # A link to it may be: a hub's cache has links to files whose names are hashes.
+        if stat.S_ISREG(status.st_mode) and name.endswith(GGUF_SUFFIX):
+            return AdapterPlace(os.path.realpath(folder), name)
         if not stat.S_ISDIR(status.st_mode):
             raise AdapterInvalid(
                 f"{path} is no folder; expected one as PEFT saves, or a {GGUF_SUFFIX} file",

@@ -50,7 +50,9 @@ class GgmlType:
     def dequantize(self, payload: bytes, rows: int, columns: int) -> NDArray[np.float32]:
         """The values ``[rows, columns]`` of these blocks, by the package."""
         blocks = np.frombuffer(payload, np.uint8).reshape(rows, -1)
-        values: NDArray[Any] = _package().quants.dequantize(blocks, self.code)
+        # What overflows is refused where values are checked.
+        with np.errstate(all="ignore"):
+            values: NDArray[Any] = _package().quants.dequantize(blocks, self.code)
         return np.ascontiguousarray(values, np.float32).reshape(rows, columns)
 
 

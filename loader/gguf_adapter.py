@@ -16,7 +16,7 @@ from ipc.base_model import BaseModel
 from ipc.errors import AdapterInvalid
 from ipc.image import AdapterModule, EntryKind, layout_image
 from loader.gguf_header import GgufHeader, GgufTensor
-from loader.native.runs import Format
+from loader.native.runs import TILE_VALUES, Format
 from loader.plan import AdapterPlan, TensorPlan
 from loader.strict_json import shorten
 
@@ -85,6 +85,12 @@ def plan_gguf(header: GgufHeader, base: BaseModel, max_lora_rank: int, where: st
             is_a = entry.kind is EntryKind.LORA_A
             tensor = pair.a if is_a else pair.b
             rows, columns = tensor.shape
+            of_head = 0 if is_a else head_rows.get(entry.module, 0)
+            if of_head * columns > TILE_VALUES:
+                raise AdapterInvalid(
+                    f"{where}: rank {columns} of {tensor.name} exceeds {TILE_VALUES // of_head},"
+                    f" the greatest where heads of {of_head} rows are interleaved"
+                )
             plans.append(
                 TensorPlan(
                     tensor.name,
@@ -95,7 +101,7 @@ def plan_gguf(header: GgufHeader, base: BaseModel, max_lora_rank: int, where: st
                     columns,
                     stage_index,
                     entry,
-                    head_rows=0 if is_a else head_rows.get(entry.module, 0),
+                    head_rows=of_head,
                     blocks=None if tensor.type.format is not None else tensor.type,
                 )
             )

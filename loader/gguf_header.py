@@ -174,6 +174,10 @@ class _Reader:
             return self.text()
         if kind == _ARRAY and not is_element:
             element, count = self.number("I"), self.count("elements of an array", 1)
+            if element in _NUMBERS:
+                # At once: one by one millions would hold up every other thread for seconds.
+                format = f"<{count}{_NUMBERS[element]}"
+                return list(struct.unpack(format, self.take(struct.calcsize(format))))
             return [self.value(element, is_element=True) for _ in range(count)]
         raise AdapterInvalid(f"{self._where}: a field has the unknown type {kind}")
 
@@ -185,6 +189,8 @@ class _Reader:
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
             raise AdapterInvalid(f"{where}: {num_dimensions} dimensions, expected 1 to 4")
         extents = [self.number("Q") for _ in range(num_dimensions)]
+        # ggml leaves out trailing ones: those of a pair of rank 1.
+        extents += [1] * (2 - num_dimensions)
         code, offset = self.number("I"), self.number("Q")
         if any(not 0 < extent <= MAX_EXTENT for extent in extents) or offset > MAX_EXTENT:
             raise AdapterInvalid(f"{where}: dimensions {extents} at {offset} are out of bounds")

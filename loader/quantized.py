@@ -8,7 +8,8 @@ There is no single standard: with `P` for `….q_proj.lora_A` these are understo
 | fp8                      | `P.weight` e4m3 or e5m2       |                                      |
 | fp8, compressed-tensors  | the same                      | `P.weight_scale`                     |
 | int8, compressed-tensors | `P.weight` int8               | the same, `P.weight_zero_point`      |
-| int4, compressed-tensors | `P.weight_packed` int32       | `P.weight_scale`, `P.weight_shape`   |
+| int4, compressed-tensors | `P.weight_packed` int32       | `P.weight_scale`, `P.weight_shape`,  |
+|                          |                               | `P.weight_zero_point` int32          |
 | int8, bitsandbytes       | `P.weight` int8               | `P.SCB`, `P.weight_format`           |
 | NF4, bitsandbytes        | `P.weight` uint8              | `P.weight.absmax`, `….quant_map`,    |
 |                          |                               | `….quant_state.bitsandbytes__nf4`    |
@@ -37,6 +38,7 @@ from loader.safetensors_header import TensorDType
 from loader.scales import (
     FLOAT_DTYPES,
     NestedScales,
+    PackedZeros,
     PlainScales,
     ScaleGrid,
     StoredTensor,
@@ -160,7 +162,7 @@ class _Parts:
         return Encoding(weight, Format.INT8, rows, columns, scales)
 
     def packed_int4(self) -> Encoding:
-        self.allow(PACKED, _SCALE, _SHAPE)
+        self.allow(PACKED, _SCALE, _SHAPE, _ZEROS)
         packed = self._part(PACKED, (TensorDType.I32,), None)
         self.check_matrix(packed)
         shape = self._part(_SHAPE, (TensorDType.I32, TensorDType.I64), (2,))
@@ -171,8 +173,21 @@ class _Parts:
             raise self.refusal(
                 shape, f"[r, c] with c = 8 k for {PACKED} [r, k]", f"{[rows, columns]}"
             )
-        scales = TensorScales(self.grid(rows, columns), PlainScales(self._parts[_SCALE]))
+        grid, zeros = self.grid(rows, columns), None
+        if _ZEROS in self._parts:
+            zeros = self._packed_zeros(rows)
+        scales = TensorScales(grid, PlainScales(self._parts[_SCALE], zeros))
         return Encoding(packed, Format.INT4, rows, columns, scales)
+
+    def _packed_zeros(self, rows: int) -> PackedZeros:
+        """The zeros of int4 values, which have scales for each row or for parts of it."""
+        scale = self._parts[_SCALE]
+        if len(scale.tensor.shape) != 2 or scale.tensor.shape[0] != rows:
+            raise self.refusal(
+                scale, f"shape [{rows}, n] beside packed zeros", list(scale.tensor.shape)
+            )
+        shape = (-(-rows // Format.INT4.unit_values), scale.tensor.shape[1])
+        return PackedZeros(self._part(_ZEROS, (TensorDType.I32,), shape), rows)
 
     def grid(self, rows: int, columns: int) -> ScaleGrid:
         """Which values share a scale, as the shape of ``P.weight_scale`` tells."""

@@ -56,6 +56,10 @@ class StoredTensor:
     file_name: str
     tensor: FileTensor
 
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.num_bytes
+
     def read(self, fds: Sequence[int]) -> bytes:
         """All of its bytes, from the open files ``fds``.
 
@@ -112,6 +116,29 @@ class ScaleGrid:
         return cls(num_values, 1, length, -(-num_values // length))
 
 
+@dataclass(frozen=True, slots=True)
+class PackedZeros:
+    """Zeros of -8 to 7, plus 8, those of eight rows in one int32, the first in the lowest bits.
+
+    ``words`` is ``[ceil(rows / 8), scales_per_row]``, each column packed by itself.
+    """
+
+    words: StoredTensor
+    rows: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.words.num_bytes
+
+    def read_floats(self, fds: Sequence[int]) -> Floats:
+        """``[rows, scales_per_row]``, flat; raises as ``StoredTensor.read``."""
+        tall, wide = self.words.tensor.shape
+        words = np.frombuffer(self.words.read(fds), "<u4").reshape(tall, 1, wide)
+        shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+        nibbles = (words >> shifts & np.uint32(15)).reshape(8 * tall, wide)[: self.rows]
+        return nibbles.astype(np.float32).reshape(-1) - np.float32(8)
+
+
 class ScaleSource(Protocol):
     """Where scales come from."""
 
@@ -130,13 +157,12 @@ class PlainScales:
     """``factor`` times what a tensor holds, with the zeros of another, or none."""
 
     scales: StoredTensor
-    zeros: StoredTensor | None = None
+    zeros: StoredTensor | PackedZeros | None = None
     factor: float = 1.0
 
     @property
     def file_bytes(self) -> int:
-        zeros = 0 if self.zeros is None else self.zeros.tensor.num_bytes
-        return self.scales.tensor.num_bytes + zeros
+        return self.scales.num_bytes + (0 if self.zeros is None else self.zeros.num_bytes)
 
     def read(self, fds: Sequence[int]) -> Floats:
         scales = self.scales.read_floats(fds) * np.float32(self.factor)
@@ -159,7 +185,7 @@ class NestedScales:
 
     @property
     def file_bytes(self) -> int:
-        return sum(each.tensor.num_bytes for each in (self.indices, self.code, self.outer))
+        return sum(each.num_bytes for each in (self.indices, self.code, self.outer))
 
     def read(self, fds: Sequence[int]) -> Floats:
         indices = np.frombuffer(self.indices.read(fds), np.uint8)

@@ -55,8 +55,10 @@ class SharedBlocks:
         """
         with self._lock:
             if self._scalings is None:
-                self._scalings = self._read_scales(fds)
+                scalings = self._read_scales(fds)
                 self._read_foreign(plan, fds)
+                # Last: until then another thread that asks must not begin.
+                self._scalings = scalings
             return self._scalings
 
     def _read_scales(self, fds: Sequence[int]) -> NDArray[np.void]:
@@ -69,14 +71,17 @@ class SharedBlocks:
 
     def _read_foreign(self, plan: AdapterPlan, fds: Sequence[int]) -> None:
         """Tensors that compiled code does not read become what it does, in memory."""
-        runs = self.table.runs
+        addresses = np.zeros(len(plan.tensors), np.int64)
         for index, tensor in enumerate(plan.tensors):
             if tensor.blocks is not None:
                 num_bytes = tensor.blocks.num_bytes(tensor.rows * tensor.columns)
                 payload = read_all(fds[tensor.file], tensor.file_offset, num_bytes, tensor.name)
                 values = tensor.blocks.dequantize(payload, tensor.rows, tensor.columns)
                 self._kept.append(values)
-                runs["file_offset"][runs["tensor"] == index] += values.ctypes.data
+                addresses[index] = values.ctypes.data
+        # All at once: had one failed, the next thread that asks would add to sums.
+        runs = self.table.runs
+        runs["file_offset"] += addresses[runs["tensor"]]
 
     def halt(self) -> None:
         """Threads take no further block of these until ``go_on``."""

@@ -22,11 +22,8 @@ from loader.native.compiler import (
     memset,
     pread,
 )
-from loader.native.runs import CONVERSION, MEMORY, RUN, SCALING, Fault
+from loader.native.runs import CONVERSION, MEMORY, RUN, SCALING, TILE_VALUES, Fault
 
-# Of bfloat16 512 KiB, half of a common second-level cache. The larger a read, the faster the system
-# copies: on one core of an EPYC 8 GB/s by 16 KiB, 11 GB/s by 256 KiB, 13 GB/s by 1 MiB.
-TILE_VALUES = 1 << 18
 # What is widened in one go, so that float32 does not leave the first-level cache.
 STEP_VALUES = 1 << 13
 _TILE_BYTES = 4 * TILE_VALUES

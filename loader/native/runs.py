@@ -113,6 +113,11 @@ _RUN_FIELDS = (
 )
 MEMORY = -1
 
+# Of bfloat16 512 KiB, half of a common second-level cache. The larger a read, the faster the system
+# copies: on one core of an EPYC 8 GB/s by 16 KiB, 11 GB/s by 256 KiB, 13 GB/s by 1 MiB.
+TILE_VALUES = 1 << 18
+"""What is converted in one go. Rows of a head are, so ``head_rows * columns`` is no more."""
+
 RUN = np.dtype([(name, np.int64) for name in _RUN_FIELDS])
 """Whole rows of one tensor, and where they go.
 

@@ -95,7 +95,7 @@ def asymmetric(weight: Tensor) -> Quantized:
     return Quantized(quantized.parts | {"weight_zero_point": zeros}, values)
 
 
-def packed_int4(groups: int) -> Quantize:
+def packed_int4(groups: int, with_zeros: bool = False) -> Quantize:
     def quantize(weight: Tensor) -> Quantized:
         rows, columns = weight.shape
         scale = (0.01 + torch.rand(rows, groups)).bfloat16()
@@ -105,7 +105,12 @@ def packed_int4(groups: int) -> Quantize:
             "weight_scale": scale,
             "weight_shape": torch.tensor([rows, columns], dtype=torch.int32),
         }
-        return Quantized(parts, values.float() * spread(scale, weight.shape))
+        of_each = values.float()
+        if with_zeros:
+            zeros = torch.randint(-8, 8, (rows, groups), dtype=torch.int8)
+            parts["weight_zero_point"] = pack_to_int32(zeros, 4, packed_dim=0)
+            of_each -= spread(zeros, weight.shape)
+        return Quantized(parts, of_each * spread(scale, weight.shape))
 
     return quantize
 
@@ -144,15 +149,17 @@ FORMATS: dict[str, Quantize] = {
     "int8 with zeros": asymmetric,
     "int4 per row": packed_int4(1),
     "int4 by parts of rows": packed_int4(2),
+    "int4 with zeros": packed_int4(1, with_zeros=True),
+    "int4 with zeros, by parts of rows": packed_int4(2, with_zeros=True),
     "bitsandbytes int8": bitsandbytes_int8,
     "NF4": nf4(nested=False),
     "NF4, nested": nf4(nested=True),
 }
 
 
-def write(folder: Path, tensors: dict[str, Tensor]) -> Path:
+def write(folder: Path, tensors: dict[str, Tensor], modules: tuple[str, ...] = MODULES) -> Path:
     folder.mkdir()
-    config = config_fields(RANK, target_modules=list(MODULES))
+    config = config_fields(RANK, target_modules=list(modules))
     (folder / "adapter_config.json").write_text(json.dumps(config))
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / "adapter_model.safetensors")
@@ -213,6 +220,21 @@ def test_blocks_of_128_by_128_need_not_end_where_a_tensor_does(tmp_path: Path) -
     assert images[0] == images[1]
 
 
+def test_rows_need_not_be_a_multiple_of_those_whose_zeros_share_a_word(tmp_path: Path) -> None:
+    base = base_model(num_layers=1, intermediate_size=100)
+    torch.manual_seed(0)
+    images = []
+    name = tensor_name(0, "up_proj", "lora_B")
+    a = {tensor_name(0, "up_proj", "lora_A"): torch.randn(RANK, 64)}
+    made = packed_int4(2, with_zeros=True)(torch.randn(100, RANK))
+    assert made.parts["weight_zero_point"].shape == (13, 2)
+    parts = {name.removesuffix("weight") + part: tensor for part, tensor in made.parts.items()}
+    for kind, b in (("quantized", parts), ("plain", {name: made.values})):
+        folder = write(tmp_path / kind, a | b, modules=("up_proj",))
+        images.append(image_of(base, folder))
+    assert images[0] == images[1]
+
+
 def test_formats_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
     base = base_model()
     choices = iter([*FORMATS.values()] * 2)
@@ -255,7 +277,10 @@ REFUSED: list[tuple[str, str, Change | None, str]] = [
     ("fp8 per row", "weight_zero_point", lambda _: torch.zeros(16, 1), "is of no format"),
     ("int4 per row", "weight_shape", lambda s: s * 2, "[r, c] with c = 8 k for weight_packed"),
     ("int4 per row", "weight_shape", None, "expected a weight_shape beside it, got none"),
-    ("int4 per row", "weight_zero_point", lambda _: torch.zeros(1), "is of no format"),
+    ("int4 per row", "weight_g_idx", lambda _: torch.zeros(64), "is of no format"),
+    ("int4 with zeros", "weight_zero_point", lambda z: z.float(), "expected I32, got F32"),
+    ("int4 with zeros", "weight_zero_point", lambda z: z[1:], "expected shape [2, 1], got [1, 1]"),
+    ("int4 with zeros", "weight_scale", lambda s: s[:1], "expected shape [16, n] beside packed"),
     ("bitsandbytes int8", "weight_format", lambda f: f + 1, "expected 0, for rows"),
     ("bitsandbytes int8", "SCB", lambda s: s[:-1], "expected shape [16], got [15]"),
     ("NF4", "weight.quant_map", lambda c: c + 0.1, "the sixteen values of NF4"),

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from loader.native.casts import CONVERSIONS
-from loader.native.fill import SCRATCH_BYTES, TILE_VALUES, fill
-from loader.native.runs import IMAGE_FORMATS, RUN, SCALING, Fault, Format
+from loader.native.fill import SCRATCH_BYTES, fill
+from loader.native.runs import IMAGE_FORMATS, RUN, SCALING, TILE_VALUES, Fault, Format
 from tests.loader.native.filling import UNTOUCHED, fill_runs, run
 
 DEADLINE_S = 20.0
