@@ -52,6 +52,14 @@ BATCHES: dict[str, Prompts] = {
 }
 
 
+# The interpreter takes ten seconds for each: some show it every time.
+OFTEN = ("one token", "a mixture")
+CASES = [
+    pytest.param(prompts, id=name, marks=() if name in OFTEN else pytest.mark.long)
+    for name, prompts in BATCHES.items()
+]
+
+
 def causal_reference(
     query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences
 ) -> Tensor:
@@ -145,8 +153,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     )
 
 
-@pytest.mark.thinned
-@pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("prompts", CASES)
 def test_a_captured_pass_gives_and_stores_what_a_launched_one_does(
     prompts: Prompts, prefills: Prefills
 ) -> None:
@@ -160,7 +167,7 @@ def test_a_captured_pass_gives_and_stores_what_a_launched_one_does(
     assert_same(stored, expected_stored)
 
 
-@pytest.mark.parametrize("between", [BATCHES["a mixture"], BATCHES["the base alone"]])
+@pytest.mark.parametrize("between", [each for each in CASES if each.id in OFTEN])
 def test_other_passes_between_its_ranges_leave_a_pass_as_it_is(
     between: Prompts, prefills: Prefills
 ) -> None:
