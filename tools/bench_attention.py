@@ -56,7 +56,6 @@ _FLUSH_BYTES = 512 << 20
 _NUM_REPEATS = 15
 
 _SWEEP = {
-    "first_tokens": (64, 128),
     "tile_tokens": (32, 64),
     "num_stages": (3, 5, 7),
     "num_warps": (4, 8),

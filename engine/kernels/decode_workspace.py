@@ -9,17 +9,15 @@ import torch
 class DecodeTuning:
     """How a decode is cut up; nothing of it changes the result beyond rounding.
 
-    A program takes ``first_tokens`` cached tokens at once (half as many in fp32), and what is left
-    of its split ``tile_tokens`` at a time; a split has at least ``min_split_tokens``. There are
-    about ``programs_per_processor`` of them on each multiprocessor.
+    A program takes the cached tokens of its split ``tile_tokens`` at a time; a split has at least
+    ``min_split_tokens``. There are about ``programs_per_processor`` of them on each multiprocessor.
     """
 
-    first_tokens: int = 128
     tile_tokens: int = 64
     min_split_tokens: int = 128
     programs_per_processor: int = 2
     num_warps: int = 4
-    num_stages: int = 5
+    num_stages: int = 3
 
 
 class DecodeWorkspace:

@@ -17,11 +17,10 @@ row can be in flight together. What a stream promises still holds, by three rule
    launch themselves, so between it and the first launch that may overlap stands one that may not.
 
 Where a stream forks and joins (``engine.lora.side_stream``), the edges across are dependencies on a
-launch as a whole. What comes first on a branch may not overlap: what it depends on is not what the
-branch's stream was given before it. For those behind it on the branch it is the launch of rule 3
-that began when all before it had completed. What comes behind a join need not wait to know that all
-of the branch has completed: the branch's last launch has by rule 1. It may overlap, too, as long as
-it waits for both launches that it depends on, as the wait does.
+launch as a whole. On the branch may stand only what does not overlap: what it depends on is not
+what the branch's stream was given before it. What comes behind the join may, as long as it waits
+for both launches that it depends on: the wait does for its own stream's, and it does not begin
+before the branch's has completed.
 
 Source: CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA,
 ``griddepcontrol``.

@@ -61,8 +61,8 @@ def paged_decode(
 
     Products take the model's dtype (fp32, fp16 or bf16), sums are fp32. ``max_context`` need not be
     exact, see ``DecodeWorkspace.num_splits``. Mutates ``out``, with ``rotation`` also ``keys`` and
-    ``values``, and meanwhile ``workspace``. Where launches overlap, ``block_tables``,
-    ``context_lens``, ``rows`` and the cached tokens must be older than the last that does not.
+    ``values``, and meanwhile ``workspace``. Where launches overlap, ``context_lens`` and
+    ``rows`` must be older than the last that does not.
 
     Source: Dao et al., "Flash-Decoding for long-context inference".
     """
@@ -124,7 +124,6 @@ def paged_decode(
         key.stride(0),
         value.stride(0),
         block_tables.stride(0),
-        block_tables.shape[1],
         rotation.eps if rotation else 0.0,
         # Powers of two are cheaper than those of e.
         math.log2(math.e) / math.sqrt(head_dim),
@@ -140,8 +139,6 @@ def paged_decode(
         TILE_GROUP=next_power_of_2(group),
         TILE_HEADS=max(_MIN_DOT_ROWS, next_power_of_2(group)),
         TILE_HALF=max(_MIN_DOT_ROWS, next_power_of_2(head_dim // 2)),
-        # As many bytes in every dtype: registers hold them.
-        TILE_FIRST=tuning.first_tokens * 2 // max(2, out.element_size()),
         TILE_TOKENS=tuning.tile_tokens,
         TILE_SPLITS=8,
         NUM_STAGES=tuning.num_stages,

@@ -4,9 +4,8 @@ Flash decoding: a context is split over several programs, so that a few long seq
 GPU. Each leaves its partial softmax in the workspace, and the last one to arrive for a sequence
 and KV head merges them.
 
-The new token's own key and value come from the step's tensors and never from the cache. So the
-same launch may compute and store them, and what it reads of the cache was complete before the step
-began: it is on its way before the launch before has ended.
+The new token's own key and value come from the step's tensors and never from the cache: so the same
+launch may compute and store them.
 """
 
 import triton
@@ -17,7 +16,7 @@ from engine.kernels.head_rotation import turn_heads
 from engine.kernels.split_softmax import absorb, load_halves, merge_splits, store_halves
 
 
-@triton.jit(do_not_specialize=["table_stride", "table_width", "eps"])
+@triton.jit(do_not_specialize=["table_stride", "eps"])
 def paged_decode_kernel(
     out_ptr,
     query_ptr,
@@ -42,7 +41,6 @@ def paged_decode_kernel(
     key_stride,
     value_stride,
     table_stride,
-    table_width,
     eps,
     scale,
     min_split_tokens,
@@ -57,7 +55,6 @@ def paged_decode_kernel(
     TILE_GROUP: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     TILE_HALF: tl.constexpr,
-    TILE_FIRST: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -66,8 +63,7 @@ def paged_decode_kernel(
 ):
     """One split of one sequence for the ``GROUP`` query heads that share a KV head.
 
-    Splits divide the cached tokens; the new token belongs to the first. Before the wait for the
-    launch before, a split's first tile of the cache is on its way.
+    Splits divide the cached tokens; the new token belongs to the first.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
@@ -79,12 +75,7 @@ def paged_decode_kernel(
     row = sequence.to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows_ptr + sequence).to(tl.int64)
-    # Splits are of the least size in all but long contexts: so the table need not wait for this
-    # context's length. What it holds behind the context is loaded, and never used.
     table_ptr = tables_ptr + sequence.to(tl.int64) * table_stride
-    early_tokens = split * min_split_tokens + tl.arange(0, TILE_FIRST)
-    in_table = early_tokens // BLOCK_SIZE < table_width
-    early_blocks = tl.load(table_ptr + early_tokens // BLOCK_SIZE, mask=in_table, other=0)
 
     cached = context - 1
     split_tokens = tl.cdiv(tl.cdiv(cached, tl.num_programs(1)), TILE_TOKENS) * TILE_TOKENS
@@ -107,21 +98,8 @@ def paged_decode_kernel(
 
     begin = split * split_tokens
     end = tl.minimum(begin + split_tokens, cached)
-    if split_tokens != min_split_tokens:
-        early_tokens = begin + tl.arange(0, TILE_FIRST)
-        in_split = early_tokens < end
-        early_blocks = tl.load(table_ptr + early_tokens // BLOCK_SIZE, mask=in_split, other=0)
     keys_ptr += kv_head * HEAD_DIM
     values_ptr += kv_head * HEAD_DIM
-    # Loads come first, all of them, and what they leave out is cleared behind the last: a load
-    # that clears by itself is waited for at once, to bring it into the layout of a product.
-    is_early = (early_tokens < end)[:, None] & is_dim
-    early_slots = early_blocks.to(tl.int64) * BLOCK_SIZE + early_tokens % BLOCK_SIZE
-    early = (early_slots * (NUM_KV_HEADS * HEAD_DIM))[:, None] + dims[None, :]
-    first_early_keys = tl.load(keys_ptr + early, mask=is_early)
-    second_early_keys = tl.load(keys_ptr + early + HALF_DIM, mask=is_early)
-    first_early_values = tl.load(values_ptr + early, mask=is_early)
-    second_early_values = tl.load(values_ptr + early + HALF_DIM, mask=is_early)
     if HAS_DELTA:
         has_adapter = tl.load(has_adapter_ptr + row) != 0
     if OVERLAPS:
@@ -195,17 +173,8 @@ def paged_decode_kernel(
     zeros = tl.zeros((TILE_HEADS, TILE_HALF), tl.float32)
     first_mixed = zeros + first_value.to(tl.float32)
     second_mixed = zeros + second_value.to(tl.float32)
-    first_early_keys = tl.where(is_early, first_early_keys, 0.0)
-    second_early_keys = tl.where(is_early, second_early_keys, 0.0)
-    first_early_values = tl.where(is_early, first_early_values, 0.0)
-    second_early_values = tl.where(is_early, second_early_values, 0.0)
     # fmt: off
-    maximum, total, first_mixed, second_mixed = absorb(
-        first_query, second_query, first_early_keys, second_early_keys,
-        first_early_values, second_early_values, early_tokens < end,
-        maximum, total, first_mixed, second_mixed, scale, UPCAST,
-    )
-    for start in tl.range(begin + TILE_FIRST, end, TILE_TOKENS, num_stages=NUM_STAGES):
+    for start in tl.range(begin, end, TILE_TOKENS, num_stages=NUM_STAGES):
         tokens = start + tl.arange(0, TILE_TOKENS)
         in_tile = tokens < end
         blocks = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=in_tile, other=0)

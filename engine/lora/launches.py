@@ -104,7 +104,6 @@ class LoraLaunches:
         x: Tensor,
         units: Tensor,
         max_rows: int,
-        is_first_of_fork: bool,
     ) -> None:
         """``x Aᵀ`` for the small segments in ``units``, which have ``max_rows`` rows at most."""
         shrink_few(
@@ -119,7 +118,6 @@ class LoraLaunches:
             self._num_processors,
             self._tuning.shrink_few,
             self._overlaps,
-            is_first_of_fork,
         )
 
     def expand_few(
@@ -236,11 +234,8 @@ class SmallSegments:
         self._units = units
         self._max_rows = max_rows
 
-    def shrink(
-        self, layer: int, group: ModuleGroup, x: Tensor, is_first_of_fork: bool = False
-    ) -> None:
-        """``is_first_of_fork``: what it depends on was launched on another stream."""
-        self._launches.shrink_few(layer, group, x, self._units, self._max_rows, is_first_of_fork)
+    def shrink(self, layer: int, group: ModuleGroup, x: Tensor) -> None:
+        self._launches.shrink_few(layer, group, x, self._units, self._max_rows)
 
     def expand(self, layer: int, group: ModuleGroup, out: Tensor) -> None:
         """Changes ``out`` by what comes of the ``shrink`` that was launched last."""

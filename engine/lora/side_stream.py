@@ -21,7 +21,8 @@ class SideStream:
     def fork(self) -> AbstractContextManager[object]:
         """Within it, work goes to this stream, behind all that the current one was given so far.
 
-        Tensors must not be made there: the current stream might be given their memory too early.
+        The memory of tensors that are made there is used again only there: behind a later fork, and
+        so behind all that the current stream was given while they were in use.
         """
         if self._stream is None:
             return nullcontext()

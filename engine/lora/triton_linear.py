@@ -211,11 +211,13 @@ class TiledSteps:
 class Fork:
     """Owns what launches beside the base model's products need: a stream, and the deltas' memory.
 
+    The product goes to the stream beside, and the adapters' launches stay behind the one that makes
+    ``x``: so they begin before that has ended, with the first of the weights, and find room on the
+    multiprocessors, of which the library's products leave none.
+
     One buffer does for all projections. The launch that uses up a delta makes, itself, the ``x`` of
-    the next projection, or stands ahead of the launch that does; and the next fork waits for that
-    ``x``, so nothing writes a delta while an earlier one is still read. Joined likewise, the next
-    ``product`` finds no launch of ours beside it but those of its own fork: kernels' scratch memory
-    is used by one launch after another, as on one stream.
+    the next projection, or stands ahead of the launch that does; and the next adapters' launches
+    wait for that ``x``, so nothing writes a delta while an earlier one is still read.
     """
 
     def __init__(
@@ -295,9 +297,9 @@ class GraphStep:
         num_rows = x.shape[0]
         values = fork.values(num_rows, group[-1].stop)
         with fork.stream.fork():
-            self.segments.shrink(layer, group, x, is_first_of_fork=True)
-            self.segments.expand_apart(layer, group, values)
-        out = product()
+            out = product()
+        self.segments.shrink(layer, group, x)
+        self.segments.expand_apart(layer, group, values)
         fork.stream.join()
         return Projected(out, Delta(values, self._has_adapter[:num_rows], fork.overlaps))
 

@@ -43,7 +43,6 @@ def read_few(
     reads_a: bool,
     reads_b: bool,
     overlaps: bool,
-    is_first_of_fork: bool,
 ) -> None:
     """Reads for all units what shrinks them (``reads_a``), what expands them, or one after the
     other, and adds the 32-bit words that were read to ``checksums``, which overflows.
@@ -105,7 +104,7 @@ def read_few(
         OVERLAPS=overlaps,
         num_warps=cut.num_warps,
         maxnreg=cut.max_registers,
-        launch_pdl=overlaps and not is_first_of_fork,
+        launch_pdl=overlaps,
     )
 
 
@@ -164,6 +163,7 @@ def _read_few_kernel(
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
+    NUM_STEPS: tl.constexpr = (IN_WORDS + ROWS_WORDS - 1) // ROWS_WORDS
     num_programs = tl.num_programs(0)
     item = tl.program_id(0)
     # No scalar: Triton's interpreter would not let it overflow.
@@ -200,14 +200,13 @@ def _read_few_kernel(
 
         num_tiles = tl.load(units_ptr + 1) * num_modules
         num_splits = tl.minimum(tl.maximum(num_filled // tl.maximum(num_tiles, 1), 1), ROWS_SPLITS)
+        num_splits = tl.cdiv(NUM_STEPS, tl.cdiv(NUM_STEPS, num_splits))
         num_items = num_tiles * num_splits
         tile = item // num_splits
         index, unit, _ = _read_unit(units_ptr + _ROWS_WORD, tile // num_modules, last_unit)
         record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
         num_ranks = tl.load(ranks_ptr + record * 16 + 4)
         a_offset = tl.load(offsets_ptr + record * 8)
-        if OVERLAPS:
-            tl.extra.cuda.gdc_wait()
         while item < num_items:
             first_rank = (unit * num_modules + tile % num_modules) * ROWS_RANKS
             if first_rank < num_ranks:
@@ -220,6 +219,7 @@ def _read_few_kernel(
                     ROWS_RANKS,
                     ROWS_WORDS,
                     NUM_STAGES,
+                    OVERLAPS,
                 )
             item += num_programs
             tile = item // num_splits

@@ -119,10 +119,8 @@ class ReadLaunches(LoraLaunches):
         x: Tensor,
         units: Tensor,
         max_rows: int,
-        is_first_of_fork: bool,
     ) -> None:
-        reads_b = self._num_launches == 1
-        self._read(layer, group, units, True, reads_b, is_first_of_fork)
+        self._read(layer, group, units, True, reads_b=self._num_launches == 1)
 
     def expand_few(
         self,
@@ -134,7 +132,7 @@ class ReadLaunches(LoraLaunches):
         adds: bool,
     ) -> None:
         if self._num_launches == 2:
-            self._read(layer, group, units, False, True, False)
+            self._read(layer, group, units, False, True)
 
     def _read(
         self,
@@ -143,7 +141,6 @@ class ReadLaunches(LoraLaunches):
         units: Tensor,
         reads_a: bool,
         reads_b: bool,
-        is_first_of_fork: bool,
     ) -> None:
         read_few(
             self._weights,
@@ -156,5 +153,4 @@ class ReadLaunches(LoraLaunches):
             reads_a,
             reads_b,
             self._overlaps,
-            is_first_of_fork,
         )

@@ -39,16 +39,20 @@ def sum_of_rows_tile(
     TILE_RANKS: tl.constexpr,
     TILE_WORDS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     NUM_STEPS: tl.constexpr = (IN_WORDS + TILE_WORDS - 1) // TILE_WORDS
+    IS_RAGGED: tl.constexpr = IN_WORDS % TILE_WORDS != 0
     ranks = tl.arange(0, TILE_RANKS)
     split_steps = tl.cdiv(NUM_STEPS, num_splits)
     first_step = split * split_steps
     last_step = tl.minimum(first_step + split_steps, NUM_STEPS)
-    words = tl.zeros([TILE_RANKS, TILE_WORDS], tl.int32)
-    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+    inputs = first_step * TILE_WORDS + tl.arange(0, TILE_WORDS)
+    words = _load_inputs(a_ptr, ranks, num_ranks, inputs, IN_WORDS, IS_RAGGED)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    for step in tl.range(first_step + 1, last_step, num_stages=NUM_STAGES):
         inputs = step * TILE_WORDS + tl.arange(0, TILE_WORDS)
-        IS_RAGGED: tl.constexpr = IN_WORDS % TILE_WORDS != 0
         words += _load_inputs(a_ptr, ranks, num_ranks, inputs, IN_WORDS, IS_RAGGED)
     return tl.sum(words, keep_dims=True)
 

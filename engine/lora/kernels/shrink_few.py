@@ -1,7 +1,9 @@
 """``x Aᵀ`` for segments of few rows, as in decoding: bound by reading the A's once.
 
 One row's products are sums that every thread takes a part of, from A's in its registers. Several
-rows' are matrix products, from A's that stream through shared memory.
+rows' are matrix products, from a first tile of A in registers and others that stream through shared
+memory. What comes first is on its way before ``x`` is there: beside the base model's product, which
+takes all of the memory's bandwidth, each load would be waited for three times as long.
 """
 
 from dataclasses import dataclass
@@ -29,8 +31,11 @@ class ShrinkFewTuning:
     For one row, a program has ``row_ranks`` by ``row_inputs`` of A in its registers, and the inputs
     are split so that there are at most ``row_splits`` partial sums. For several rows, a tile of A
     is ``rows_ranks`` high and read ``rows_inputs`` (in half precision) at a time; the inputs are
-    split in up to ``rows_splits`` parts, until ``rows_fill`` of the multiprocessors have a tile:
-    adding up the parts costs as much as reading some hundred kilobytes.
+    split in up to ``rows_splits`` parts, until there are ``rows_fill`` tiles for each
+    multiprocessor: adding up the parts costs as much as reading some hundred kilobytes.
+
+    ``num_stages`` of them in shared memory leave room for three of these programs and one that
+    expands, which so has its B's before the last of them has ended.
     """
 
     row_ranks: int = 16
@@ -38,11 +43,11 @@ class ShrinkFewTuning:
     row_splits: int = 16
     rows_ranks: int = 32
     rows_inputs: int = 256
-    rows_splits: int = 16
-    rows_fill: float = 2.0
+    rows_splits: int = 32
+    rows_fill: float = 3.0
     programs_per_processor: int = 4
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 4
     max_registers: int | None = 128
 
     def cut_row(self, in_features: int) -> tuple[int, int]:
@@ -64,7 +69,6 @@ def shrink_few(
     num_processors: int,
     tuning: ShrinkFewTuning,
     overlaps: bool,
-    is_first_of_fork: bool = False,
 ) -> None:
     """``x Aᵀ`` of every row of ``units``, for all linears of ``group``, into ``scratch``.
 
@@ -78,8 +82,8 @@ def shrink_few(
     of units alone.
 
     Where ``overlaps``, the launch may begin before the last one on the stream is done; it waits
-    for that with its first look at ``x`` or ``scratch``. As ``is_first_of_fork`` it does not, since
-    what it depends on was launched on another stream; the next one on its stream still may.
+    for that with its first look at ``x`` or ``scratch``, and has the first of each program's A's in
+    its registers by then.
     """
     assert x.is_contiguous() and x.shape[1] == group.in_features, (x.shape, group)
     assert x.dtype == weights.arena.dtype == scratch.shrunk.dtype, x.dtype
@@ -126,7 +130,7 @@ def shrink_few(
         OVERLAPS=overlaps,
         num_warps=tuning.num_warps,
         maxnreg=tuning.max_registers,
-        launch_pdl=overlaps and not is_first_of_fork,
+        launch_pdl=overlaps,
     )
 
 
@@ -174,6 +178,7 @@ def _shrink_few_kernel(
     """Program by program: a tile of ranks, a split of the inputs, all rows of a unit."""
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
+    NUM_STEPS: tl.constexpr = (IN_FEATURES + ROWS_INPUTS - 1) // ROWS_INPUTS
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
 
@@ -223,60 +228,65 @@ def _shrink_few_kernel(
 
     num_tiles = tl.load(units_ptr + 1) * num_modules
     num_splits = tl.minimum(tl.maximum(num_filled // tl.maximum(num_tiles, 1), 1), ROWS_SPLITS)
+    split_steps = tl.cdiv(NUM_STEPS, num_splits)
+    # So that none of them is empty.
+    num_splits = tl.cdiv(NUM_STEPS, split_steps)
     num_items = num_tiles * num_splits
     # Those that had one row less to do come first.
     item = num_programs - 1 - program
-    tile = item // num_splits
-    index, first_row, num_rows, unit = _read_rows_unit(
-        units_ptr, tile // num_modules, item < num_items
-    )
-    record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
-    num_ranks = tl.load(ranks_ptr + record * 16 + 4)
-    a_offset = tl.load(offsets_ptr + record * 8)
+    if item < num_items:
+        index, first_row, num_rows, unit = _read_rows_unit(
+            units_ptr, item // num_splits // num_modules
+        )
+        while item < num_items:
+            tile = item // num_splits
+            first_rank = (unit * num_modules + tile % num_modules) * ROWS_RANKS
+            first_step = item % num_splits * split_steps
+            record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
+            num_ranks = tl.load(ranks_ptr + record * 16 + 4)
+            # The compiler keeps no hint to a value that comes from the last turn of a loop.
+            a_offset = tl.load(offsets_ptr + record * 8) // 32 * 32
+            if first_rank < num_ranks:
+                _shrink_rows(
+                    x_ptr + first_row.to(tl.int64) * IN_FEATURES,
+                    arena_ptr + a_offset,
+                    rows_partial_ptr,
+                    shrunk_ptr + first_row.to(tl.int64) * COLUMNS,
+                    arrivals_ptr + tile,
+                    num_rows,
+                    first_rank,
+                    num_ranks,
+                    tile,
+                    first_step,
+                    tl.minimum(first_step + split_steps, NUM_STEPS),
+                    item % num_splits,
+                    num_splits,
+                    IN_FEATURES,
+                    COLUMNS,
+                    TILE_ROWS,
+                    ROWS_RANKS,
+                    ROWS_INPUTS,
+                    ROWS_SPLITS,
+                    NUM_STAGES,
+                    OVERLAPS,
+                )
+            item += num_programs
+            if item < num_items:
+                index, first_row, num_rows, unit = _read_rows_unit(
+                    units_ptr, item // num_splits // num_modules
+                )
     if OVERLAPS:
         # Also without work: else the next launch would overtake the one before.
         tl.extra.cuda.gdc_wait()
-    while item < num_items:
-        first_rank = (unit * num_modules + tile % num_modules) * ROWS_RANKS
-        if first_rank < num_ranks:
-            # The compiler keeps no hint to a value that comes from the last turn of a loop.
-            a_offset = a_offset // 32 * 32
-            _shrink_rows(
-                x_ptr + first_row.to(tl.int64) * IN_FEATURES,
-                arena_ptr + a_offset + first_rank * IN_FEATURES,
-                rows_partial_ptr,
-                shrunk_ptr + first_row.to(tl.int64) * COLUMNS + first_rank,
-                arrivals_ptr + tile,
-                num_rows,
-                num_ranks - first_rank,
-                tile,
-                item % num_splits,
-                num_splits,
-                IN_FEATURES,
-                COLUMNS,
-                TILE_ROWS,
-                ROWS_RANKS,
-                ROWS_INPUTS,
-                ROWS_SPLITS,
-                NUM_STAGES,
-            )
-        item += num_programs
-        tile = item // num_splits
-        index, first_row, num_rows, unit = _read_rows_unit(
-            units_ptr, tile // num_modules, item < num_items
-        )
-        record = (index.to(tl.int64) * num_layers + layer) * _NUM_LINEARS + first_module
-        num_ranks = tl.load(ranks_ptr + record * 16 + 4)
-        a_offset = tl.load(offsets_ptr + record * 8)
 
 
 @triton.jit
-def _read_rows_unit(units_ptr, number, exists):
+def _read_rows_unit(units_ptr, number):
     unit_ptr = units_ptr + (1 + number) * _UNIT_WORDS + _ROWS_WORD
-    index = tl.load(unit_ptr, mask=exists, other=0)
-    first_row = tl.load(unit_ptr + 1, mask=exists, other=0)
-    num_rows = tl.load(unit_ptr + 2, mask=exists, other=0)
-    unit = tl.load(unit_ptr + 4, mask=exists, other=0)
+    index = tl.load(unit_ptr)
+    first_row = tl.load(unit_ptr + 1)
+    num_rows = tl.load(unit_ptr + 2)
+    unit = tl.load(unit_ptr + 4)
     return index, first_row, num_rows, unit
 
 
@@ -321,8 +331,11 @@ def _shrink_rows(
     shrunk_ptr,
     arrivals_ptr,
     num_rows,
+    first_rank,
     num_ranks,
     tile,
+    first_step,
+    last_step,
     split,
     num_splits,
     IN_FEATURES: tl.constexpr,
@@ -332,27 +345,23 @@ def _shrink_rows(
     TILE_INPUTS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    NUM_STEPS: tl.constexpr = (IN_FEATURES + TILE_INPUTS - 1) // TILE_INPUTS
+    a = _load_step(a_ptr, first_rank, num_ranks, first_step, IN_FEATURES, TILE_RANKS, TILE_INPUTS)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     rows = tl.arange(0, TILE_ROWS)
-    ranks = tl.arange(0, TILE_RANKS)
-    x_ptrs = x_ptr + rows[:, None] * IN_FEATURES + tl.arange(0, TILE_INPUTS)[None, :]
-    a_ptrs = a_ptr + ranks[:, None] * IN_FEATURES + tl.arange(0, TILE_INPUTS)[None, :]
-    split_steps = tl.cdiv(NUM_STEPS, num_splits)
-    first_step = split * split_steps
-    last_step = tl.minimum(first_step + split_steps, NUM_STEPS)
-    sums = tl.zeros([TILE_ROWS, TILE_RANKS], tl.float32)
-    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
-        x_mask = (rows < num_rows)[:, None]
-        a_mask = (ranks < num_ranks)[:, None]
-        if IN_FEATURES % TILE_INPUTS != 0:
-            is_input = (step * TILE_INPUTS + tl.arange(0, TILE_INPUTS) < IN_FEATURES)[None, :]
-            x_mask = x_mask & is_input
-            a_mask = a_mask & is_input
-        x = tl.load(x_ptrs + step * TILE_INPUTS, mask=x_mask, other=0.0)
-        a = tl.load(a_ptrs + step * TILE_INPUTS, mask=a_mask, other=0.0)
-        sums = tl.dot(x, tl.trans(a), sums, input_precision="ieee")
+    x = _load_step(x_ptr, 0, num_rows, first_step, IN_FEATURES, TILE_ROWS, TILE_INPUTS)
+    sums = tl.dot(x, tl.trans(a), input_precision="ieee")
+    if last_step > first_step + 1:
+        for step in tl.range(first_step + 1, last_step, num_stages=NUM_STAGES):
+            x = _load_step(x_ptr, 0, num_rows, step, IN_FEATURES, TILE_ROWS, TILE_INPUTS)
+            a = _load_step(a_ptr, first_rank, num_ranks, step, IN_FEATURES, TILE_RANKS, TILE_INPUTS)
+            sums = tl.dot(x, tl.trans(a), sums, input_precision="ieee")
 
+    ranks = tl.arange(0, TILE_RANKS)
+    shrunk_ptr += first_rank
+    num_ranks -= first_rank
     shrunk_ptrs = shrunk_ptr + rows[:, None] * COLUMNS + ranks[None, :]
     mask = (rows < num_rows)[:, None] & (ranks < num_ranks)[None, :]
     if num_splits == 1:
@@ -369,6 +378,22 @@ def _shrink_rows(
                 is_part = (rows < tl.where(other < num_splits, num_rows, 0))[:, None]
                 total += load_part(part_ptrs + other * PART, mask & is_part)
             tl.store(shrunk_ptrs, total.to(shrunk_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _load_step(
+    ptr,
+    first_row,
+    num_rows,
+    step,
+    IN_FEATURES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_INPUTS: tl.constexpr,
+):
+    """``[TILE_ROWS, TILE_INPUTS]`` of a matrix from ``first_row`` on, zeros outside of it."""
+    rows = first_row + tl.arange(0, TILE_ROWS)
+    inputs = step * TILE_INPUTS + tl.arange(0, TILE_INPUTS)
+    return _load_rows(ptr, rows, num_rows, inputs, IN_FEATURES, IN_FEATURES % TILE_INPUTS != 0)
 
 
 @triton.jit

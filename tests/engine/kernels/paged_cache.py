@@ -14,7 +14,7 @@ from engine.lora.delta import Delta
 
 BLOCK_SIZE = 16
 # Few and small, so that the interpreter is quick and contexts have many splits.
-SMALL = DecodeTuning(first_tokens=32, tile_tokens=16, min_split_tokens=32)
+SMALL = DecodeTuning(tile_tokens=16, min_split_tokens=32)
 
 
 @dataclass

@@ -147,7 +147,6 @@ def launches() -> dict[str, Callable[[], object]]:
             reads_a,
             reads_b,
             overlaps=True,
-            is_first_of_fork=reads_a,
         )
 
     tuning = LoraTuning()
@@ -203,6 +202,12 @@ def prefill(head_dim: int) -> None:
 
 def hasty_instructions(ptx: str) -> list[str]:
     """Writes to global memory and ends of a program that some path reaches before it has waited."""
+    hasty = re.compile(r"\b(st|red|atom)\.(\w+\.)*global\b|\bret;")
+    return [line for line in instructions_before_wait(ptx) if hasty.search(line)]
+
+
+def instructions_before_wait(ptx: str) -> list[str]:
+    """What some path reaches before it has waited for the launch before."""
     body = ptx[ptx.index(".entry") :]
     lines = [line.split("//")[0].strip() for line in body[body.index("{") + 1 :].splitlines()]
     labels = {line[:-1]: index for index, line in enumerate(lines) if line.endswith(":")}
@@ -216,8 +221,7 @@ def hasty_instructions(ptx: str) -> list[str]:
         line = lines[index]
         if line.startswith("griddepcontrol.wait"):
             continue
-        if re.search(r"\b(st|red|atom)\.(\w+\.)*global\b", line) or re.search(r"\bret;", line):
-            found.append(line)
+        found.append(line)
         if branch := re.search(r"\bbra(?:\.uni)?\s+([\w$]+);", line):
             ahead.append(labels[branch[1]])
         # Without a predicate, what stands behind it is not reached from here.

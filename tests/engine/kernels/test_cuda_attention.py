@@ -66,7 +66,7 @@ def on() -> Device:
 def cuda_attention(cache: KvCache, num_heads: int, on: Device) -> CudaAttention:
     """In splits that are short enough for several of them in the contexts here."""
     num_kv_heads, head_dim = cache.keys[0].shape[2:]
-    tuning = DecodeTuning(first_tokens=32, tile_tokens=16, min_split_tokens=16)
+    tuning = DecodeTuning(tile_tokens=16, min_split_tokens=16)
     device = on.torch_device
     workspace = DecodeWorkspace(
         num_heads, num_kv_heads, head_dim, 8, device, may_overlap(device), tuning

@@ -19,8 +19,8 @@ from tests.engine.kernels.paged_cache import BLOCK_SIZE, SMALL, make_cache, make
         (4, 4, 32, SMALL),
         (14, 2, 24, SMALL),
         # More at first than a split has; a split that has more than that and no multiple of it.
-        (4, 2, 16, DecodeTuning(first_tokens=128, tile_tokens=16, min_split_tokens=32)),
-        (4, 2, 16, DecodeTuning(first_tokens=32, tile_tokens=16, min_split_tokens=80)),
+        (4, 2, 16, DecodeTuning(tile_tokens=16, min_split_tokens=32)),
+        (4, 2, 16, DecodeTuning(tile_tokens=16, min_split_tokens=80)),
     ],
 )
 def test_every_length_around_the_edges_of_blocks_and_splits(

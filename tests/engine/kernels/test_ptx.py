@@ -12,7 +12,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from engine.kernels.causal_hopper import HEAD_DIMS
 from engine.lora.launches import LoraTuning
-from tests.engine.kernels.ptx import hasty_instructions, launches
+from tests.engine.kernels.ptx import hasty_instructions, instructions_before_wait, launches
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -57,15 +57,24 @@ def test_adapters_of_several_rows_stream_through_shared_memory(name: str, folder
 def test_what_only_reads_loads_whole_tiles_16_bytes_a_thread(folder: Path) -> None:
     shrink, expand = LoraTuning().shrink_few, LoraTuning().expand_few
     b_tiles = zip(2 * expand.ranks, expand.columns, strict=True)
-    # Tiles of several rows are loaded otherwise, see above.
     loads_of = {
-        "read_a": shrink.row_ranks * shrink.row_inputs,
+        # Of several rows' tiles the first; see above for the others.
+        "read_a": shrink.row_ranks * shrink.row_inputs + shrink.rows_ranks * shrink.rows_inputs,
         "read_b": sum(starmap(mul, b_tiles)),
     }
     for name, num_values in loads_of.items():
         num_threads = 32 * shrink.num_warps
         ptx = (folder / f"{name}.ptx").read_text()
         assert ptx.count("ld.global.v4.b32") * num_threads * 16 == num_values * 2, name
+
+
+@pytest.mark.slow
+def test_the_first_tiles_of_an_adapter_are_asked_for_before_the_wait(folder: Path) -> None:
+    shrink = LoraTuning().shrink_few
+    early = instructions_before_wait((folder / "shrink_few.ptx").read_text())
+    num_loads = sum(line.count("ld.global.v4.b32") for line in early)
+    num_values = shrink.row_ranks * shrink.row_inputs + shrink.rows_ranks * shrink.rows_inputs
+    assert num_loads * 32 * shrink.num_warps * 16 == num_values * 2
 
 
 @pytest.mark.slow
