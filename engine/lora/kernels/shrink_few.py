@@ -226,14 +226,15 @@ def _shrink_few_kernel(
         row = next_row
         scratch_row = next_scratch_row
 
+    # The lists are shared out as if they were one: so the first programs, which are the first to find
+    # room, have work.
+    item -= num_items
     num_tiles = tl.load(units_ptr + 1) * num_modules
     num_splits = tl.minimum(tl.maximum(num_filled // tl.maximum(num_tiles, 1), 1), ROWS_SPLITS)
     split_steps = tl.cdiv(NUM_STEPS, num_splits)
     # So that none of them is empty.
     num_splits = tl.cdiv(NUM_STEPS, split_steps)
     num_items = num_tiles * num_splits
-    # Those that had one row less to do come first.
-    item = num_programs - 1 - program
     if item < num_items:
         index, first_row, num_rows, unit = _read_rows_unit(
             units_ptr, item // num_splits // num_modules
