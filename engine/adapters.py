@@ -4,7 +4,7 @@
 |-------------|------------------------------------------------------------------------------|
 | ready       | goes to the step thread at once                                              |
 | registered  | (by an earlier engine of this server) is inspected first, once for everybody |
-| a folder    | of ``--lora-dir`` is registered and inspected first, once for everybody      |
+| found       | in ``--lora-dir``: it is registered and inspected first, once for everybody  |
 | none of it  | is answered with ``AdapterNotFound``                                         |
 """
 

@@ -351,7 +351,7 @@ class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
 
 
 class InspectFolder(msgspec.Struct, frozen=True, tag="inspect_folder"):
-    """As ``Inspect``, for the subfolder ``name`` of ``--lora-dir``."""
+    """As ``Inspect``, for the adapter called ``name`` in ``--lora-dir``."""
 
     call_id: CallId
     adapter_id: AdapterId
@@ -359,7 +359,7 @@ class InspectFolder(msgspec.Struct, frozen=True, tag="inspect_folder"):
 
 
 class ListFolder(msgspec.Struct, frozen=True, tag="list_folder"):
-    """Which subfolders ``--lora-dir`` has; answered with ``FolderNames``."""
+    """Which adapters ``--lora-dir`` has; answered with ``FolderNames``."""
 
     call_id: CallId
 

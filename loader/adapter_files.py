@@ -144,33 +144,42 @@ class AdapterFolders:
         return AdapterPlace(real)
 
     def resolve_name(self, name: str) -> AdapterPlace:
-        """The folder of the adapter called ``name`` in the adapter folder.
+        """The adapter called ``name`` in the adapter folder: ``name/`` or ``name.gguf``.
 
         Raises:
             InvalidRequest: the name could lead elsewhere.
             AdapterNotFound: there is no adapter folder, or nothing of that name in it.
+            AdapterInvalid: there are both.
         """
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise InvalidRequest(f"adapter name {name!r} is not a folder's name", param="model")
         if self._lora_dir is None:
             raise AdapterNotFound(f"no adapter is called {name!r}", param="model")
         path = os.path.join(self._lora_dir, name)
+        gguf_path = path + GGUF_SUFFIX
+        if os.path.isfile(gguf_path):
+            if os.path.isdir(path):
+                raise AdapterInvalid(
+                    f"{self._lora_dir} has {name}/ and {name}{GGUF_SUFFIX}: expected one adapter"
+                    f" called {name!r}",
+                    param="model",
+                )
+            path = gguf_path
+        elif not os.path.isdir(path):
+            raise AdapterNotFound(f"no adapter is called {name!r}", param="model")
         try:
             return self.resolve(path)
         except AdapterNotFound:
             raise AdapterNotFound(f"no adapter is called {name!r}", param="model") from None
 
     def list_names(self) -> list[str]:
-        """Names of the adapter folder's subfolders, sorted; hidden ones are left out."""
+        """Names of the adapters in the adapter folder, sorted; hidden ones are left out."""
         if self._lora_dir is None:
             return []
         try:
             with os.scandir(self._lora_dir) as entries:
-                return sorted(
-                    entry.name
-                    for entry in entries
-                    if not entry.name.startswith(".") and _is_text(entry.name) and entry.is_dir()
-                )
+                names = {_adapter_name(entry) for entry in entries}
+                return sorted(name for name in names if name is not None)
         except OSError as error:
             raise _cannot("list", self._lora_dir, error) from error
 
@@ -227,6 +236,16 @@ def _cannot(verb: str, path: str, error: OSError) -> SidestreamError:
     if error.errno in _SHORTAGES:
         return Unavailable(message, retry_after_s=1.0)
     return AdapterInvalid(message)
+
+
+def _adapter_name(entry: os.DirEntry[str]) -> str | None:
+    """What an entry of the adapter folder is called as an adapter; None: it is none."""
+    if entry.name.startswith(".") or not _is_text(entry.name):
+        return None
+    if entry.is_dir():
+        return entry.name
+    is_gguf = entry.name.endswith(GGUF_SUFFIX) and entry.is_file()
+    return entry.name.removesuffix(GGUF_SUFFIX) if is_gguf else None
 
 
 def _is_text(name: str) -> bool:

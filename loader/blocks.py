@@ -5,7 +5,7 @@ Blocks follow one another without gaps, alignment included, so the finished ones
 image's finished bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,13 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.image import align
-from loader.native.runs import IMAGE_FORMATS, MEMORY, RUN, conversion_of
+from loader.ggml_types import GgmlType
+from loader.native.runs import IMAGE_FORMATS, NUM_CONVERSIONS, RUN, Format, conversion_of
 from loader.plan import AdapterPlan
 from loader.scales import TensorScales
 
 # Smaller blocks cost more in waking threads than they gain in keeping all of them busy.
 _LEAST_BLOCK_BYTES = 2 << 20
 _BLOCKS_PER_THREAD = 2
+# Of types that compiled code does not read, some ten milliseconds: for so long a read can neither
+# be halted nor make room for a more urgent one.
+_FOREIGN_BLOCK_BYTES = 1 << 20
 
 
 class Block(NamedTuple):
@@ -36,13 +40,15 @@ class BlockTable:
 
     Block ``b`` is ``[starts[b], starts[b + 1])`` of the image, and has the records
     ``[first_runs[b], first_runs[b + 1])`` of ``runs``: both are ``[num_blocks + 1] int64``. A run's
-    scaling 0 is none, the others are those of ``scales``, counted from 1.
+    scaling 0 is none, the others are those of ``scales``, counted from 1. Conversions beyond those
+    of formats are those of ``foreign``, to the image's format.
     """
 
     starts: NDArray[np.int64]
     first_runs: NDArray[np.int64]
     runs: NDArray[np.void]
     scales: tuple[TensorScales, ...]
+    foreign: tuple[GgmlType, ...]
 
     @property
     def num_blocks(self) -> int:
@@ -71,8 +77,13 @@ def spread(image_bytes: int, num_threads: int, block_bytes: int) -> int:
 
 def cut(plan: AdapterPlan, block_bytes: int) -> BlockTable:
     """The blocks of an image, in order, each of about ``block_bytes`` and at least one row."""
+    foreign = tuple(
+        dict.fromkeys(each.format for each in plan.tensors if isinstance(each.format, GgmlType))
+    )
+    if foreign:
+        block_bytes = min(block_bytes, _FOREIGN_BLOCK_BYTES)
     groups: list[list[_Piece]] = [[]]
-    for piece in _pieces(plan, block_bytes):
+    for piece in _pieces(plan, foreign, block_bytes):
         if groups[-1] and piece.stop - groups[-1][0].start > block_bytes:
             groups.append([])
         groups[-1].append(piece)
@@ -85,39 +96,36 @@ def cut(plan: AdapterPlan, block_bytes: int) -> BlockTable:
         # Far faster than to have every tuple made into a record.
         np.array(fields, np.int64).view(RUN).reshape(-1),
         tuple(tensor.scales for tensor in plan.tensors if tensor.scales is not None),
+        foreign,
     )
 
 
-def _pieces(plan: AdapterPlan, block_bytes: int) -> Iterator[_Piece]:
-    target = IMAGE_FORMATS[plan.dtype]
-    # Looked up for every tensor, properties of enumerations would take most of the time.
-    facts = {
-        source: (conversion_of(source, target), source.unit_values, source.unit_bytes)
-        for source in {tensor.format for tensor in plan.tensors}
+def _pieces(plan: AdapterPlan, foreign: Sequence[GgmlType], block_bytes: int) -> Iterator[_Piece]:
+    conversions: dict[Format | GgmlType, int] = {
+        source: conversion_of(source, IMAGE_FORMATS[plan.dtype]) for source in Format
     }
+    conversions |= {source: NUM_CONVERSIONS + number for number, source in enumerate(foreign)}
     num_scales = 0
     for index, tensor in enumerate(plan.tensors):
         entry, scaling = tensor.entry, 0
-        conversion, unit_values, unit_bytes = facts[tensor.format]
-        file_row_bytes = tensor.columns // unit_values * unit_bytes
+        conversion, together = conversions[tensor.format], tensor.rows_together
         if tensor.scales is not None:
             scaling = num_scales = num_scales + 1
         row_bytes = entry.num_bytes // entry.rows
         begin = plan.layout.stages[tensor.stage].offset + entry.offset
         num_rows = max(1, block_bytes // row_bytes)
-        if tensor.head_rows:
-            num_rows = max(1, num_rows // tensor.head_rows) * tensor.head_rows
+        if together > 1:
+            num_rows = max(1, num_rows // together) * together
         for first in range(0, entry.rows, num_rows):
             last = min(first + num_rows, entry.rows)
             start = begin + first * row_bytes
             # The last piece of an entry has its padding up to the next entry as well.
             stop = begin + (last * row_bytes if last < entry.rows else align(entry.num_bytes))
             rows = max(0, min(last, tensor.rows) - first)
-            # In memory, where it will be is not known yet.
-            offset = 0 if tensor.blocks is not None else tensor.file_offset
+            done_bytes = tensor.bytes_of_rows(min(first, tensor.rows)) if first else 0
             run = (
-                MEMORY if tensor.blocks is not None else tensor.file,
-                offset + first * file_row_bytes,
+                tensor.file,
+                tensor.file_offset + done_bytes,
                 index,
                 conversion,
                 scaling,
@@ -129,5 +137,7 @@ def _pieces(plan: AdapterPlan, block_bytes: int) -> Iterator[_Piece]:
                 entry.columns,
                 stop - start - rows * row_bytes,
                 tensor.head_rows,
+                tensor.row_bytes,
+                together,
             )
             yield _Piece(start, stop, run)

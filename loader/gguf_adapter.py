@@ -16,7 +16,7 @@ from ipc.base_model import BaseModel
 from ipc.errors import AdapterInvalid
 from ipc.image import AdapterModule, EntryKind, layout_image
 from loader.gguf_header import GgufHeader, GgufTensor
-from loader.native.runs import TILE_VALUES, Format
+from loader.native.runs import TILE_VALUES
 from loader.plan import AdapterPlan, TensorPlan
 from loader.strict_json import shorten
 
@@ -96,13 +96,12 @@ def plan_gguf(header: GgufHeader, base: BaseModel, max_lora_rank: int, where: st
                     tensor.name,
                     0,
                     tensor.offset,
-                    tensor.type.format or Format.FLOAT32,
+                    tensor.type if tensor.type.format is None else tensor.type.format,
                     rows,
                     columns,
                     stage_index,
                     entry,
                     head_rows=of_head,
-                    blocks=None if tensor.type.format is not None else tensor.type,
                 )
             )
     return AdapterPlan(FORMAT, tuple(modules), layout, base.dtype, tuple(plans))

@@ -151,8 +151,8 @@ class Inspector:
     def _plan(self, files: AdapterFiles, texts: list[bytes], headers: list[bytes]) -> AdapterPlan:
         config = parse_config(texts[0], CONFIG_NAME)
         tensor_files = _parsed(files, headers)
-        for index_text in texts[1:]:
-            check_index(index_text, tensor_files)
+        for index, text in zip(_texts(files)[1:], texts[1:], strict=True):
+            check_index(text, files.names[index], tensor_files)
         read = partial(read_told, fds=files.fds)
         plan = plan_adapter(config, tensor_files, self.base, self.max_lora_rank, read)
         self._check_fits(plan, files)

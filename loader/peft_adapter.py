@@ -17,7 +17,7 @@ from ipc.base_model import BaseModel, LinearShape
 from ipc.errors import AdapterInvalid
 from ipc.image import AdapterModule, EntryKind, layout_image
 from loader.peft_config import PeftConfig
-from loader.peft_files import CONFIG_NAME, INDEX_NAME, TensorFile
+from loader.peft_files import CONFIG_NAME, TensorFile
 from loader.plan import AdapterPlan, TensorPlan
 from loader.quantized import Encoding, ReadSmall, encoding_of
 from loader.scales import StoredTensor
@@ -69,7 +69,7 @@ def plan_adapter(
     Raises:
         AdapterInvalid: a tensor is unknown, missing or misshapen, or a rank is too high.
     """
-    where = files[0].name if len(files) == 1 else INDEX_NAME
+    where = files[0].name if len(files) == 1 else f"{files[0].name} to {files[-1].name}"
     for path, meaning in _UNSERVED_MODULES.items():
         if config.is_targeted(path, None):
             raise AdapterInvalid(

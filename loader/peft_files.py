@@ -3,8 +3,10 @@
 An adapter is ``adapter_config.json`` and either ``adapter_model.safetensors`` or shards of it
 (``adapter_model-00001-of-00003.safetensors`` …) with ``adapter_model.safetensors.index.json``,
 whose ``weight_map`` maps every tensor's name to the shard that holds it; or it is one GGUF file.
+Transformers calls the index of an adapter's shards as it does a model's.
 
-Source: ``save_torch_state_dict`` of huggingface_hub, given the pattern of PEFT's own name.
+Sources: ``save_torch_state_dict`` of huggingface_hub, given the pattern of PEFT's own name;
+``PreTrainedModel.save_pretrained`` of transformers, of a model with an adapter.
 """
 
 import os
@@ -21,6 +23,7 @@ from loader.strict_json import shorten
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
+TRANSFORMERS_INDEX_NAME = "model.safetensors.index.json"
 
 # Each is an open file while it is read. One shard usually has gigabytes.
 MAX_SHARDS = 64
@@ -59,7 +62,9 @@ def find_files(folder: str) -> tuple[str, ...]:
                 f"{folder} has {TENSORS_NAME} and {(shards or [INDEX_NAME])[0]}: expected a whole"
                 " file or shards, not both"
             )
-        return (CONFIG_NAME, INDEX_NAME, *_complete(folder, shards, INDEX_NAME in names))
+        # Without a shard the other name is that of the base model's index.
+        indices = [name for name in (INDEX_NAME, TRANSFORMERS_INDEX_NAME) if name in names]
+        return (CONFIG_NAME, *indices[:1], *_complete(folder, shards, bool(indices)))
     if TENSORS_NAME not in names:
         ggufs = sorted(name for name in names if name.endswith(GGUF_SUFFIX))
         if len(ggufs) == 1 and CONFIG_NAME not in names:
@@ -68,15 +73,15 @@ def find_files(folder: str) -> tuple[str, ...]:
     return (CONFIG_NAME, TENSORS_NAME)
 
 
-def check_index(payload: bytes, shards: Sequence[TensorFile]) -> None:
-    """Checks that the index in ``payload`` says of each tensor where it is, and of no other.
+def check_index(payload: bytes, name: str, shards: Sequence[TensorFile]) -> None:
+    """Checks that the index, called ``name``, says of each tensor where it is, and of no other.
 
     Raises:
         AdapterInvalid: it is no index, or contradicts the shards.
     """
-    index = strict_json.parse(payload, INDEX_NAME)
+    index = strict_json.parse(payload, name)
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-        raise AdapterInvalid(f"{INDEX_NAME} has no weight_map: {shorten(index)}")
+        raise AdapterInvalid(f"{name} has no weight_map: {shorten(index)}")
     weight_map = index["weight_map"]
     stands_in: dict[str, str] = {}
     for shard in shards:
@@ -86,17 +91,17 @@ def check_index(payload: bytes, shards: Sequence[TensorFile]) -> None:
                 raise AdapterInvalid(
                     f"tensor {shorten(tensor.name, 160)} stands in {other} and in {shard.name}"
                 )
-    for name, shard_name in stands_in.items():
-        said = weight_map.get(name)
+    for tensor_name, shard_name in stands_in.items():
+        said = weight_map.get(tensor_name)
         if said != shard_name:
             raise AdapterInvalid(
-                f"{INDEX_NAME}: weight_map says {shorten(said)} of tensor {shorten(name, 160)},"
+                f"{name}: weight_map says {shorten(said)} of tensor {shorten(tensor_name, 160)},"
                 f" which stands in {shard_name}"
             )
-    for name, said in weight_map.items():
-        if name not in stands_in:
+    for tensor_name, said in weight_map.items():
+        if tensor_name not in stands_in:
             raise AdapterInvalid(
-                f"{INDEX_NAME}: weight_map says {shorten(said)} of tensor {shorten(name, 160)},"
+                f"{name}: weight_map says {shorten(said)} of tensor {shorten(tensor_name, 160)},"
                 " which stands in no shard"
             )
 

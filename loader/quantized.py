@@ -9,9 +9,9 @@ There is no single standard: with `P` for `….q_proj.lora_A` these are understo
 | fp8, compressed-tensors  | the same                      | `P.weight_scale`                     |
 | int8, compressed-tensors | `P.weight` int8               | the same, `P.weight_zero_point`      |
 | int4, compressed-tensors | `P.weight_packed` int32       | `P.weight_scale`, `P.weight_shape`,  |
-|                          |                               | `P.weight_zero_point` int32          |
+|                          |                               | `P.weight_zero_point` int32, or int8 |
 | int8, bitsandbytes       | `P.weight` int8               | `P.SCB`, `P.weight_format`           |
-| NF4, bitsandbytes        | `P.weight` uint8              | `P.weight.absmax`, `….quant_map`,    |
+| NF4, bitsandbytes        | `P.weight` uint8, or as floats| `P.weight.absmax`, `….quant_map`,    |
 |                          |                               | `….quant_state.bitsandbytes__nf4`    |
 | … with nested scales     | the same                      | `….nested_absmax`,                   |
 |                          |                               | `….nested_quant_map` as well         |
@@ -32,7 +32,7 @@ import numpy as np
 
 from ipc.errors import AdapterInvalid
 from loader import strict_json
-from loader.native.runs import FILE_FORMATS, Format
+from loader.native.runs import FILE_FORMATS, TILE_VALUES, Format
 from loader.nf4 import NF4_VALUES
 from loader.safetensors_header import TensorDType
 from loader.scales import (
@@ -55,8 +55,12 @@ _OUTER, _OUTER_CODE = "weight.nested_absmax", "weight.nested_quant_map"
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 
 _BLOCK = 128
-_SCB_FACTOR = 1 / 127
+_ONE = ((), (1,), (1, 1))
+# A scale is the greatest magnitude in its row. Bitsandbytes rounds the reciprocal to float32, too.
+_SCB_FACTOR = float(np.float32(1 / 127))
 _FLOAT8 = (TensorDType.F8_E4M3, TensorDType.F8_E5M2)
+# All the same bytes, under whatever dtype others of the model have.
+_NF4_STORAGE = (TensorDType.U8, *FLOAT_DTYPES)
 
 TOLD_WHEN_INSPECTED = (_SHAPE, _SCB_FORMAT, _CODE, _STATE)
 """What a plan depends on beyond names and shapes: tensors of few bytes, by how names end."""
@@ -149,7 +153,7 @@ class _Parts:
                 if self._read(layout) != b"\0":
                     raise self.refusal(layout, "0, for rows", self._read(layout))
             grid = ScaleGrid.of_shape(rows, columns, 1, columns)
-            scales = TensorScales(grid, PlainScales(scb, factor=_SCB_FACTOR))
+            scales = TensorScales(grid, PlainScales(scb), _SCB_FACTOR)
             return Encoding(weight, Format.INT8, rows, columns, scales)
         self.allow(WEIGHT, _SCALE, _ZEROS)
         if _SCALE not in self._parts:
@@ -168,20 +172,21 @@ class _Parts:
         shape = self._part(_SHAPE, (TensorDType.I32, TensorDType.I64), (2,))
         width = np.dtype("<i4" if shape.tensor.dtype is TensorDType.I32 else "<i8")
         rows, columns = np.frombuffer(self._read(shape), width).tolist()
-        unit = Format.INT4.unit_values
-        if columns % unit or [rows, columns // unit] != list(packed.tensor.shape):
+        if columns < 1 or (rows, -(-columns // Format.INT4.unit_values)) != packed.tensor.shape:
             raise self.refusal(
-                shape, f"[r, c] with c = 8 k for {PACKED} [r, k]", f"{[rows, columns]}"
+                shape, f"[r, c] with k = ceil(c / 8) for {PACKED} [r, k]", f"{[rows, columns]}"
             )
         grid, zeros = self.grid(rows, columns), None
         if _ZEROS in self._parts:
-            zeros = self._packed_zeros(rows)
+            zeros = self._zeros_of_int4(rows)
         scales = TensorScales(grid, PlainScales(self._parts[_SCALE], zeros))
         return Encoding(packed, Format.INT4, rows, columns, scales)
 
-    def _packed_zeros(self, rows: int) -> PackedZeros:
-        """The zeros of int4 values, which have scales for each row or for parts of it."""
+    def _zeros_of_int4(self, rows: int) -> StoredTensor | PackedZeros:
+        """Packed ones beside scales for each row or for parts of it; one alone is not packed."""
         scale = self._parts[_SCALE]
+        if scale.tensor.shape in _ONE and self._parts[_ZEROS].tensor.dtype is TensorDType.I8:
+            return self._part(_ZEROS, (TensorDType.I8,), scale.tensor.shape)
         if len(scale.tensor.shape) != 2 or scale.tensor.shape[0] != rows:
             raise self.refusal(
                 scale, f"shape [{rows}, n] beside packed zeros", list(scale.tensor.shape)
@@ -192,14 +197,23 @@ class _Parts:
     def grid(self, rows: int, columns: int) -> ScaleGrid:
         """Which values share a scale, as the shape of ``P.weight_scale`` tells."""
         scale = self._part(_SCALE, FLOAT_DTYPES, None)
+        blocks = (-(-rows // _BLOCK), -(-columns // _BLOCK))
         match scale.tensor.shape:
-            case () | (1,) | (1, 1):
+            case shape if shape in _ONE:
                 return ScaleGrid.of_shape(rows, columns, rows, columns)
             case (count,) if count == rows:
                 return ScaleGrid.of_shape(rows, columns, 1, columns)
             case (tall, wide) if tall == rows and wide and columns % wide == 0:
+                # Of one row, whose blocks lie as its parts do.
+                if (tall, wide) == blocks and columns != wide * _BLOCK:
+                    raise self.refusal(
+                        scale,
+                        f"scales that are clearly for {columns // wide} values each, or for"
+                        f" {_BLOCK}",
+                        [tall, wide],
+                    )
                 return ScaleGrid.of_shape(rows, columns, 1, columns // wide)
-            case (tall, wide) if (tall, wide) == (-(-rows // _BLOCK), -(-columns // _BLOCK)):
+            case shape if shape == blocks:
                 return ScaleGrid.of_shape(rows, columns, _BLOCK, _BLOCK)
         raise self.refusal(
             scale,
@@ -211,7 +225,7 @@ class _Parts:
     def nf4(self) -> Encoding:
         nested = _OUTER in self._parts
         self.allow(WEIGHT, _ABSMAX, _CODE, _STATE, *((_OUTER, _OUTER_CODE) if nested else ()))
-        weight = self._part(WEIGHT, (TensorDType.U8,), None)
+        weight = self._part(WEIGHT, _NF4_STORAGE, None)
         state = self._part(_STATE, (TensorDType.U8,), None)
         fields = strict_json.parse(self._read(state), state.tensor.name)
         if not isinstance(fields, dict) or fields.get("quant_type") != "nf4":
@@ -220,11 +234,15 @@ class _Parts:
         if not _is_shape(shape) or type(length) is not int or length < 1:
             raise self.refusal(state, "shape [rows, columns] and a blocksize", fields)
         rows, columns = shape
-        if rows * columns != 2 * weight.tensor.num_bytes or columns % 2:
+        if Format.NF4.num_bytes(rows * columns) != weight.tensor.num_bytes:
             raise self.refusal(
                 weight,
-                f"{rows * columns} values in halves of bytes, an even number in each row",
+                f"{rows * columns} values in halves of bytes",
                 f"{weight.tensor.num_bytes} bytes",
+            )
+        if columns % 2 and 2 * columns > TILE_VALUES:
+            raise self.refusal(
+                state, f"an even number of columns, or at most {TILE_VALUES // 2}", str(columns)
             )
         code = self._part(_CODE, (TensorDType.F32,), (16,))
         if self._read(code) != NF4_VALUES.tobytes():

@@ -1,7 +1,8 @@
 """What quantized values are multiplied by, as files keep it: beside the values, in other tensors.
 
-A value stands for ``(value - zero) * scale``. How many values share a scale, and how it is written,
-is what formats differ in. Scales are read when the adapter is; they must be finite.
+A value stands for ``(value - zero) * scale``, or a fraction of that. How many values share a scale,
+and how it is written, is what formats differ in. Scales are read when the adapter is; they must be
+finite.
 """
 
 import os
@@ -154,18 +155,17 @@ class ScaleSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PlainScales:
-    """``factor`` times what a tensor holds, with the zeros of another, or none."""
+    """What a tensor holds, with the zeros of another, or none."""
 
     scales: StoredTensor
     zeros: StoredTensor | PackedZeros | None = None
-    factor: float = 1.0
 
     @property
     def file_bytes(self) -> int:
         return self.scales.num_bytes + (0 if self.zeros is None else self.zeros.num_bytes)
 
     def read(self, fds: Sequence[int]) -> Floats:
-        scales = self.scales.read_floats(fds) * np.float32(self.factor)
+        scales = self.scales.read_floats(fds)
         zeros = np.zeros_like(scales) if self.zeros is None else self.zeros.read_floats(fds)
         return np.stack((scales, zeros), axis=1)
 
@@ -196,10 +196,11 @@ class NestedScales:
 
 @dataclass(frozen=True, slots=True)
 class TensorScales:
-    """A tensor's scales: where they come from, and which values share one."""
+    """A tensor's scales: where they come from, which values share one, and a factor for all."""
 
     grid: ScaleGrid
     source: ScaleSource
+    factor: float = 1.0
 
     @property
     def file_bytes(self) -> int:

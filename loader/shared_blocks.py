@@ -1,11 +1,10 @@
 """The blocks of one image that threads fill together, and one thread's part in that."""
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +12,18 @@ from numpy.typing import NDArray
 from ipc.errors import AdapterInvalid
 from loader.adapter_files import AdapterFiles
 from loader.blocks import Block, BlockTable
+from loader.callbacks import Callback
 from loader.host_tier import HostImage
-from loader.native.runs import SCALING, Fault, Turn
+from loader.native.runs import (
+    FOREIGN_STEP_VALUES,
+    IMAGE_FORMATS,
+    SCALING,
+    Fault,
+    Format,
+    Turn,
+    conversion_of,
+)
 from loader.plan import AdapterPlan
-from loader.scales import read_all
 
 NO_EVENT = -1
 
@@ -35,7 +42,7 @@ class SharedBlocks:
         self.turn_address = self._turn.ctypes.data
         self.finished_address = self._finished.ctypes.data
         self._scalings: NDArray[np.void] | None = None
-        # What scalings and runs point to.
+        # What scalings point to.
         self._kept: list[NDArray[np.float32]] = []
         self._lock = threading.Lock()
 
@@ -44,10 +51,8 @@ class SharedBlocks:
         # Every thread that finds none left has counted on.
         return min(int(self._turn[Turn.NEXT]), self.table.num_blocks)
 
-    def prepare(self, plan: AdapterPlan, fds: Sequence[int]) -> NDArray[np.void]:
-        """Reads what is needed ahead of all blocks, if that has not been done.
-
-        Returns ``[1 + num_scales]`` of ``SCALING``.
+    def scalings(self, fds: Sequence[int]) -> NDArray[np.void]:
+        """``[1 + num_scales]`` of ``SCALING``, read ahead of all blocks by the first who asks.
 
         Raises:
             AdapterInvalid: a scale is not finite, or a file ends too early.
@@ -55,10 +60,7 @@ class SharedBlocks:
         """
         with self._lock:
             if self._scalings is None:
-                scalings = self._read_scales(fds)
-                self._read_foreign(plan, fds)
-                # Last: until then another thread that asks must not begin.
-                self._scalings = scalings
+                self._scalings = self._read_scales(fds)
             return self._scalings
 
     def _read_scales(self, fds: Sequence[int]) -> NDArray[np.void]:
@@ -66,22 +68,8 @@ class SharedBlocks:
         for number, scales in enumerate(self.table.scales, 1):
             pairs = scales.source.read(fds)
             self._kept.append(pairs)
-            scalings[number] = (pairs.ctypes.data, *astuple(scales.grid))
+            scalings[number] = (pairs.ctypes.data, *astuple(scales.grid), scales.factor)
         return scalings
-
-    def _read_foreign(self, plan: AdapterPlan, fds: Sequence[int]) -> None:
-        """Tensors that compiled code does not read become what it does, in memory."""
-        addresses = np.zeros(len(plan.tensors), np.int64)
-        for index, tensor in enumerate(plan.tensors):
-            if tensor.blocks is not None:
-                num_bytes = tensor.blocks.num_bytes(tensor.rows * tensor.columns)
-                payload = read_all(fds[tensor.file], tensor.file_offset, num_bytes, tensor.name)
-                values = tensor.blocks.dequantize(payload, tensor.rows, tensor.columns)
-                self._kept.append(values)
-                addresses[index] = values.ctypes.data
-        # All at once: had one failed, the next thread that asks would add to sums.
-        runs = self.table.runs
-        runs["file_offset"] += addresses[runs["tensor"]]
 
     def halt(self) -> None:
         """Threads take no further block of these until ``go_on``."""
@@ -120,22 +108,22 @@ class BlockReader:
         Raises:
             AdapterInvalid: a file ends too early, or a value is not finite; names the tensor.
             OSError: the read failed.
-            Exception: whatever ``before_block`` raised.
+            Exception: whatever ``before_block`` raised, or who dequantizes foreign types.
         """
         table = blocks.table
-        hook = None if self._before_block is None else _Hook(self._before_block, table)
-        scalings = blocks.prepare(plan, files.fds)
+        hooks = [] if self._before_block is None else [self._hook(table, self._before_block)]
+        widens = [Callback(foreign.dequantize) for foreign in table.foreign]
         fault, index, detail = self._fill_blocks(
             table.runs,
             table.first_runs,
-            self._conversions,
-            scalings,
+            self._with_foreign(table, widens, IMAGE_FORMATS[plan.dtype]),
+            blocks.scalings(files.fds),
             np.array(files.fds, np.int64),
             image.stage_addresses,
             blocks.turn_address,
             blocks.finished_address,
             event,
-            0 if hook is None else hook.address,
+            hooks[0].address if hooks else 0,
             self._scratch.ctypes.data,
         )
         if fault == Fault.NONE:
@@ -156,10 +144,29 @@ class BlockReader:
                 raise AdapterInvalid(
                     f"tensor {name!r} has a value too great for {plan.dtype.value}"
                 )
-            case Fault.REFUSED:
-                assert hook is not None and hook.error is not None
-                raise hook.error
+            case Fault.RAISED:
+                raise next(call.error for call in (*hooks, *widens) if call.error is not None)
         raise AssertionError(f"the compiled reader answers {fault}")
+
+    def _hook(self, table: BlockTable, before_block: Callable[[Block], None]) -> Callback:
+        return Callback(lambda index, _second, _third: before_block(table[index]))
+
+    def _with_foreign(
+        self, table: BlockTable, widens: Sequence[Callback], target: Format
+    ) -> NDArray[np.void]:
+        """All conversions: behind those of formats, those of the table's foreign types."""
+        if not widens:
+            return self._conversions
+        # They differ from another in how values are widened.
+        like = conversion_of(Format.INT8, target)
+        conversions = np.concatenate(
+            (self._conversions, np.repeat(self._conversions[like : like + 1], len(widens)))
+        )
+        for number, (foreign, widen) in enumerate(zip(table.foreign, widens, strict=True)):
+            record = conversions[len(self._conversions) + number]
+            record["unit_values"], record["unit_bytes"] = foreign.unit_values, foreign.unit_bytes
+            record["widen"], record["step_values"] = widen.address, FOREIGN_STEP_VALUES
+        return conversions
 
 
 class FinishedBlocks:
@@ -192,25 +199,3 @@ def _native() -> _Native:
     from loader.native.share import count_finished, fill_blocks
 
     return _Native(fill_blocks, count_finished, CONVERSIONS, SCRATCH_BYTES)
-
-
-class _Hook:
-    """``before_block`` as compiled code calls it; keeps what it raised."""
-
-    def __init__(self, before_block: Callable[[Block], None], table: BlockTable) -> None:
-        self._before_block = before_block
-        self._table = table
-        self.error: Exception | None = None
-        prototype = ctypes.CFUNCTYPE(*[ctypes.c_int64] * 4)
-        self._function: Any = prototype(self._call)
-        address = ctypes.cast(self._function, ctypes.c_void_p).value
-        assert address is not None
-        self.address = address
-
-    def _call(self, index: int, _second: int, _third: int) -> int:
-        try:
-            self._before_block(self._table[index])
-        except Exception as error:
-            self.error = error
-            return 1
-        return 0

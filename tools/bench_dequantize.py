@@ -127,6 +127,7 @@ class Bench:
                     grid.rows_per_scale,
                     grid.columns_per_scale,
                     grid.scales_per_row,
+                    1.0,
                 )
 
     def close(self) -> None:

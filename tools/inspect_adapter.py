@@ -93,8 +93,7 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
 def encodings(plan: AdapterPlan) -> str:
     """How its tensors are written: ``float16, int8 with scales``."""
     found = {
-        (tensor.blocks or tensor.format).name.lower()
-        + ("" if tensor.scales is None else " with scales")
+        tensor.format.name.lower() + ("" if tensor.scales is None else " with scales")
         for tensor in plan.tensors
     }
     return ", ".join(sorted(found))

@@ -80,7 +80,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=parse_name_and_path,
         metavar="NAME=PATH",
-        help="Serve the adapter in the folder PATH as NAME. May be given again.",
+        help="Serve the adapter in PATH, a folder or a GGUF file, as NAME. May be given again.",
     )
     parser.add_argument(
         "--pin",
@@ -92,7 +92,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-dir",
         metavar="DIR",
-        help="Every subfolder is an adapter by its own name, looked at on first use.",
+        help="Every subfolder, and every NAME.gguf by the name NAME, is an adapter, looked at on"
+        " first use.",
     )
     parser.add_argument(
         "--adapter-root",
@@ -236,9 +237,20 @@ def _folder(text: str, argument: str) -> Path:
 
 
 def _adapter_path(text: str, argument: str) -> Path:
-    """A folder, or a GGUF file, absolute and free of symbolic links."""
-    path = Path(text).resolve()
-    return path if path.is_file() and path.suffix == ".gguf" else _folder(text, argument)
+    """A folder, or a GGUF file, absolute; the folders on its way are no symbolic links."""
+    path = Path(text)
+    if path.suffix == ".gguf" and path.is_file():
+        # What it is a link to may be called by a hash.
+        return path.parent.resolve() / path.name
+    return _folder(text, argument)
+
+
+def _path_in(lora_dir: Path, name: str) -> Path | None:
+    """Where the adapter called ``name`` lies, if it is there."""
+    folder, file = lora_dir / name, lora_dir / f"{name}.gguf"
+    if folder.is_dir() and file.is_file():
+        raise InvalidRequest(f"--pin {name}: {lora_dir} has {name}/ and {name}.gguf: expected one")
+    return folder.resolve() if folder.is_dir() else file if file.is_file() else None
 
 
 def _start_adapters(
@@ -255,7 +267,8 @@ def _start_adapters(
     for name in pins:
         if name in adapters:
             continue
-        if lora_dir is None or not (lora_dir / name).is_dir():
+        found = None if lora_dir is None else _path_in(lora_dir, name)
+        if found is None:
             raise InvalidRequest(f"--pin {name}: no adapter of --lora or --lora-dir has this name")
-        adapters[name] = StartAdapter(name, str((lora_dir / name).resolve()), pinned=True)
+        adapters[name] = StartAdapter(name, str(found), pinned=True)
     return tuple(adapters.values())

@@ -13,7 +13,7 @@ A further format of files takes a converter to float32 here, and its member of `
 import numpy as np
 from numpy.typing import NDArray
 
-from loader.native.compiler import Converter, converter
+from loader.native.compiler import Converter, converter, inlined
 from loader.native.ggml_blocks import (
     widen_q4_0,
     widen_q4_1,
@@ -24,7 +24,15 @@ from loader.native.ggml_blocks import (
     widen_q6_k,
     widen_q8_0,
 )
-from loader.native.runs import CONVERSION, IMAGE_FORMATS, Fault, Format, conversion_of
+from loader.native.runs import (
+    CONVERSION,
+    IMAGE_FORMATS,
+    NUM_CONVERSIONS,
+    STEP_VALUES,
+    Fault,
+    Format,
+    conversion_of,
+)
 from loader.nf4 import NF4_VALUES
 
 # Pointers, in truth: their size is not known to them.
@@ -130,13 +138,21 @@ def widen_int8(values: NDArray[np.int8], singles: NDArray[np.float32], num_value
     return Fault.NONE.value
 
 
+@inlined
+def _value_of_int4(word: np.uint32, place: int) -> np.float32:
+    nibble = np.int32((word >> np.uint32(4 * place)) & np.uint32(15))
+    return np.float32(nibble - np.int32(8))
+
+
 @converter(np.uint32, np.float32)
 def widen_int4(words: Singles, singles: NDArray[np.float32], num_values: int) -> int:
     for index in range(num_values // 8):
         word = words[index]
         for place in range(8):
-            nibble = np.int32((word >> np.uint32(4 * place)) & np.uint32(15))
-            singles[8 * index + place] = np.float32(nibble - np.int32(8))
+            singles[8 * index + place] = _value_of_int4(word, place)
+    whole = num_values - num_values % 8
+    for place in range(num_values % 8):
+        singles[whole + place] = _value_of_int4(words[whole // 8], place)
     return Fault.NONE.value
 
 
@@ -146,6 +162,8 @@ def widen_nf4(values: Bytes, singles: NDArray[np.float32], num_values: int) -> i
         value = values[index]
         singles[2 * index] = NF4_VALUES[value >> 4]
         singles[2 * index + 1] = NF4_VALUES[value & 15]
+    if num_values % 2:
+        singles[num_values - 1] = NF4_VALUES[values[num_values // 2] >> 4]
     return Fault.NONE.value
 
 
@@ -213,7 +231,7 @@ _CHECK = {
 
 
 def _conversions() -> NDArray[np.void]:
-    table = np.zeros(len(Format) * len(IMAGE_FORMATS), CONVERSION)
+    table = np.zeros(NUM_CONVERSIONS, CONVERSION)
     for source in Format:
         for target in IMAGE_FORMATS.values():
             same = source is target
@@ -226,6 +244,7 @@ def _conversions() -> NDArray[np.void]:
                 0 if same else _address(_WIDEN.get(source)),
                 0 if same else _address(_NARROW.get(target)),
                 _address(_CHECK[target]) if checked else 0,
+                STEP_VALUES,
             )
     return table
 

@@ -22,12 +22,10 @@ from loader.native.compiler import (
     memset,
     pread,
 )
-from loader.native.runs import CONVERSION, MEMORY, RUN, SCALING, TILE_VALUES, Fault
+from loader.native.runs import CONVERSION, FOREIGN_STEP_VALUES, RUN, SCALING, TILE_VALUES, Fault
 
-# What is widened in one go, so that float32 does not leave the first-level cache.
-STEP_VALUES = 1 << 13
 _TILE_BYTES = 4 * TILE_VALUES
-SCRATCH_BYTES = 2 * _TILE_BYTES + 4 * STEP_VALUES
+SCRATCH_BYTES = 2 * _TILE_BYTES + 4 * FOREIGN_STEP_VALUES
 """A tile as it was read, and before its rows are set apart; a step of it in float32."""
 
 _INTEGERS = array(np.dtype(np.int64))
@@ -35,10 +33,7 @@ _INTEGERS = array(np.dtype(np.int64))
 
 @inlined
 def _read(fd: int, offset: int, target: int, num_bytes: int) -> tuple[int, int]:
-    """Reads all of ``num_bytes``; a ``Fault`` and its detail. ``fd`` may be ``MEMORY``."""
-    if fd == MEMORY:
-        memcpy(target, offset, num_bytes)
-        return Fault.NONE.value, 0
+    """Reads all of ``num_bytes``; a ``Fault`` and its detail."""
     stop = offset + num_bytes
     while offset < stop:
         count = pread(fd, target, stop - offset, offset)
@@ -57,6 +52,7 @@ def _scale(scaling: np.void, values_address: int, first_value: int, num_values: 
     """Multiplies values in float32, of which the first is the tensor's ``first_value``-th."""
     values, pairs = floats(values_address), floats(scaling["pairs"])
     columns, width = scaling["columns"], scaling["columns_per_pair"]
+    factor = np.float32(scaling["factor"])
     row = first_value // columns
     column = first_value - row * columns
     done = 0
@@ -70,6 +66,9 @@ def _scale(scaling: np.void, values_address: int, first_value: int, num_values: 
         count = min(num_values - done, stop - column)
         for index in range(done, done + count):
             values[index] = (values[index] - zero) * scale
+        if factor != np.float32(1):
+            for index in range(done, done + count):
+                values[index] *= factor
         done += count
         column += count
         if column == columns:
@@ -87,11 +86,12 @@ def _convert(
     num_values: int,
     singles: int,
 ) -> int:
-    """Makes ``made`` of ``raw``, by way of ``singles`` if need be; a ``Fault``."""
+    """Makes ``made`` of units in ``raw``, by way of ``singles`` if need be; a ``Fault``."""
     widen, narrow, check = conversion["widen"], conversion["narrow"], conversion["check"]
     fault = 0
-    for first in range(0, num_values, STEP_VALUES):
-        count = min(STEP_VALUES, num_values - first)
+    step = conversion["step_values"]
+    for first in range(0, num_values, step):
+        count = min(step, num_values - first)
         source = raw + first // conversion["unit_values"] * conversion["unit_bytes"]
         target = made + first * conversion["target_bytes"]
         if widen != 0:
@@ -104,6 +104,31 @@ def _convert(
             fault = call(narrow, source, target, count)
         if fault == 0 and check != 0:
             fault = call(check, target, target, count)
+        if fault != 0:
+            break
+    return fault
+
+
+@inlined
+def _convert_rows(
+    conversion: np.void,
+    scaling: np.void,
+    raw: int,
+    row_bytes: int,
+    made: int,
+    first_value: int,
+    rows: int,
+    columns: int,
+    singles: int,
+) -> int:
+    """As ``_convert``, of ``rows`` that each begin ``row_bytes`` behind the one before."""
+    fault = 0
+    for row in range(rows):
+        done = row * columns
+        target = made + done * conversion["target_bytes"]
+        fault = _convert(
+            conversion, scaling, raw + row * row_bytes, target, first_value + done, columns, singles
+        )
         if fault != 0:
             break
     return fault
@@ -133,36 +158,42 @@ def _fill_run(
     in_place = conversion["widen"] == 0 and conversion["narrow"] == 0
     value_bytes = conversion["target_bytes"]
     rows, columns, entry_columns = run["rows"], run["columns"], run["entry_columns"]
-    head_rows = run["head_rows"]
-    if columns == entry_columns and head_rows == 0:
+    head_rows, row_bytes, together = run["head_rows"], run["row_bytes"], run["rows_together"]
+    if columns == entry_columns and head_rows == 0 and row_bytes == 0:
         # Rows that touch are as good as one.
         columns = entry_columns = rows * columns
         rows = min(rows, 1)
     offset, first_value = run["file_offset"], run["first_value"]
     rows_at_once = max(1, TILE_VALUES // max(1, columns))
-    if head_rows != 0:
-        rows_at_once = max(head_rows, rows_at_once // head_rows * head_rows)
+    if together > 1:
+        rows_at_once = max(together, rows_at_once // together * together)
     for row in range(0, rows, rows_at_once):
         num_rows = min(rows_at_once, rows - row)
+        # The units of one row alone touch.
+        apart = row_bytes != 0 and num_rows > 1
         # One tile, but for one row that is wider.
         for first in range(0, num_rows * columns, TILE_VALUES):
             num_values = min(TILE_VALUES, num_rows * columns - first)
-            num_bytes = num_values // conversion["unit_values"] * conversion["unit_bytes"]
+            num_units = -(-num_values // conversion["unit_values"])
+            num_bytes = num_rows * row_bytes if apart else num_units * conversion["unit_bytes"]
             made = scratch if num_rows > 1 else place + first * value_bytes
             raw = made if in_place else scratch + _TILE_BYTES
             fault, detail = _read(fd, offset, raw, num_bytes)
             if fault == 0:
-                singles = scratch + 2 * _TILE_BYTES
-                fault = _convert(conversion, scaling, raw, made, first_value, num_values, singles)
+                parts, singles = num_rows if apart else 1, scratch + 2 * _TILE_BYTES
+                fault = _convert_rows(
+                    *(conversion, scaling, raw, row_bytes, made),
+                    *(first_value, parts, num_values // parts, singles),
+                )
             if fault != 0:
                 return fault, detail
             offset += num_bytes
             first_value += num_values
-        row_bytes, entry_bytes = columns * value_bytes, entry_columns * value_bytes
+        made_bytes, entry_bytes = columns * value_bytes, entry_columns * value_bytes
         if num_rows > 1:
-            _set_apart(scratch, num_rows, row_bytes, place, entry_bytes, head_rows)
+            _set_apart(scratch, num_rows, made_bytes, place, entry_bytes, head_rows)
         else:
-            memset(place + row_bytes, 0, entry_bytes - row_bytes)
+            memset(place + made_bytes, 0, entry_bytes - made_bytes)
         place += num_rows * entry_bytes
     memset(place, 0, run["num_zeros"])
     return Fault.NONE.value, 0
@@ -188,7 +219,7 @@ def fill(
         conversion = conversions[run["conversion"]]
         place = stages[run["stage"]] + run["stage_offset"]
         scaling = scalings[run["scaling"]]
-        fd = MEMORY if run["file"] == MEMORY else fds[run["file"]]
+        fd = fds[run["file"]]
         fault, detail = _fill_run(run, conversion, scaling, fd, place, scratch)
         if fault != 0:
             return fault, index, detail

@@ -21,42 +21,42 @@ class Format(IntEnum):
     | `INT4`     | 8 in 4          | those of -8 to 7, plus 8, the first in the lowest bits    |
     | `NF4`      | 2 in 1          | indices into ``NF4_VALUES``, the first in the higher bits |
     | `Q…`       | blocks          | see ``loader.native.ggml_blocks``                         |
+
+    A row of `INT4` begins with a unit of its own: what its last one has left means nothing. Those
+    of `NF4` follow each other within a unit, too. Those of `Q…` are whole units.
     """
 
-    FLOAT32 = 0
-    FLOAT16 = 1
-    BFLOAT16 = 2
-    FLOAT8_E4M3 = 3
-    FLOAT8_E5M2 = 4
-    INT8 = 5
-    INT4 = 6
-    NF4 = 7
-    Q4_0 = 8
-    Q4_1 = 9
-    Q5_0 = 10
-    Q5_1 = 11
-    Q8_0 = 12
-    Q4_K = 13
-    Q5_K = 14
-    Q6_K = 15
+    unit_values: int
+    unit_bytes: int
 
-    @property
-    def unit_values(self) -> int:
-        return _UNITS[self][0]
+    FLOAT32 = 0, 1, 4
+    FLOAT16 = 1, 1, 2
+    BFLOAT16 = 2, 1, 2
+    FLOAT8_E4M3 = 3, 1, 1
+    FLOAT8_E5M2 = 4, 1, 1
+    INT8 = 5, 1, 1
+    INT4 = 6, 8, 4
+    NF4 = 7, 2, 1
+    Q4_0 = 8, 32, 18
+    Q4_1 = 9, 32, 20
+    Q5_0 = 10, 32, 22
+    Q5_1 = 11, 32, 24
+    Q8_0 = 12, 32, 34
+    Q4_K = 13, 256, 144
+    Q5_K = 14, 256, 176
+    Q6_K = 15, 256, 210
 
-    @property
-    def unit_bytes(self) -> int:
-        return _UNITS[self][1]
+    def __new__(cls, code: int, unit_values: int, unit_bytes: int) -> "Format":
+        member = int.__new__(cls, code)
+        member._value_ = code
+        # Not properties: those of enumerations would take most of the time of cutting a plan.
+        member.unit_values, member.unit_bytes = unit_values, unit_bytes
+        return member
 
     def num_bytes(self, num_values: int) -> int:
-        """Of whole units."""
-        return num_values // self.unit_values * self.unit_bytes
+        """Of as many units as have them."""
+        return -(-num_values // self.unit_values) * self.unit_bytes
 
-
-_UNITS = (
-    *((1, 4), (1, 2), (1, 2), (1, 1), (1, 1), (1, 1), (8, 4), (2, 1)),
-    *((32, 18), (32, 20), (32, 22), (32, 24), (32, 34), (256, 144), (256, 176), (256, 210)),
-)
 
 FILE_FORMATS = {
     TensorDType.F32: Format.FLOAT32,
@@ -83,7 +83,7 @@ class Fault(IntEnum):
     | `ENDED`       | the byte at which the file ends            |
     | `NOT_FINITE`  | 0; a value is infinite or not a number     |
     | `TOO_GREAT`   | 0; a value would be rounded to infinity    |
-    | `REFUSED`     | 0; what is called before a block says so   |
+    | `RAISED`      | 0; a ``Callback`` has, and keeps the error |
     """
 
     NONE = 0
@@ -91,7 +91,7 @@ class Fault(IntEnum):
     ENDED = 2
     NOT_FINITE = 3
     TOO_GREAT = 4
-    REFUSED = 5
+    RAISED = 5
 
 
 class Turn(IntEnum):
@@ -110,56 +110,60 @@ class Turn(IntEnum):
 _RUN_FIELDS = (
     *("file", "file_offset", "tensor", "conversion", "scaling", "first_value", "rows", "columns"),
     *("stage", "stage_offset", "entry_columns", "num_zeros", "head_rows"),
+    *("row_bytes", "rows_together"),
 )
-MEMORY = -1
 
 # Of bfloat16 512 KiB, half of a common second-level cache. The larger a read, the faster the system
 # copies: on one core of an EPYC 8 GB/s by 16 KiB, 11 GB/s by 256 KiB, 13 GB/s by 1 MiB.
 TILE_VALUES = 1 << 18
-"""What is converted in one go. Rows of a head are, so ``head_rows * columns`` is no more."""
+"""What is converted in one go; ``rows_together * columns`` is no more, where that is above 1."""
 
 RUN = np.dtype([(name, np.int64) for name in _RUN_FIELDS])
 """Whole rows of one tensor, and where they go.
 
-``[rows, columns]`` values lie row-major in file ``file`` from byte ``file_offset`` on, or in memory
-from that address on if ``file`` is ``MEMORY``; the first is the tensor's ``first_value``-th.
-Converted by ``conversion``, and multiplied as ``scaling`` says, they become ``[rows,
-entry_columns]`` of stage ``stage`` of the image, from its byte ``stage_offset`` on, each row filled
-up with zeros. ``num_zeros`` bytes of zeros follow the last row. ``tensor`` is an index into the
-plan's tensors.
+``[rows, columns]`` values lie row-major in file ``file`` from byte ``file_offset`` on; the first is
+the tensor's ``first_value``-th. Each row begins ``row_bytes`` behind the one before, where that is
+not 0; otherwise values follow each other through whole units. Converted by ``conversion``, and
+multiplied as ``scaling`` says, they become ``[rows, entry_columns]`` of stage ``stage`` of the
+image, from its byte ``stage_offset`` on, each row filled up with zeros. ``num_zeros`` bytes of
+zeros follow the last row. ``tensor`` is an index into the plan's tensors.
 
 Where ``head_rows`` is not 0, as many rows are a head, and the file has those of its two halves in
-turns: they become the one half, then the other. The run consists of whole heads.
+turns: they become the one half, then the other. Where ``rows_together`` is above 1, a unit begins,
+or a head, only every so many rows: what is converted in one go has a multiple of it, and so has
+the run, unless it is the tensor's last.
 """
 
-CONVERSION = np.dtype(
-    [
-        (name, np.int64)
-        for name in ("unit_values", "unit_bytes", "target_bytes", "widen", "narrow", "check")
-    ]
+# Float32 then does not leave the first-level cache.
+STEP_VALUES = 1 << 13
+# Made by the interpreter, whose lock changes hands many times in a step, however short it is.
+FOREIGN_STEP_VALUES = 1 << 16
+
+_CONVERSION_FIELDS = (
+    *("unit_values", "unit_bytes", "target_bytes"),
+    *("widen", "narrow", "check", "step_values"),
 )
+CONVERSION = np.dtype([(name, np.int64) for name in _CONVERSION_FIELDS])
 """What is done to a tile's values, units of them, to have each in ``target_bytes``.
 
-The last three are addresses of converters (see ``compiler``), called in this order, or 0: to
-float32, from float32, and one that looks at what the image holds. Without the first two the file's
-bytes are the image's.
+``widen``, ``narrow`` and ``check`` are addresses of converters (see ``compiler``), called in this
+order for ``step_values`` at once, or 0: to float32, from float32, and one that looks at what the
+image holds. Without the first two the file's bytes are the image's.
 """
 
+_SCALING_FIELDS = ("pairs", "columns", "rows_per_pair", "columns_per_pair", "pairs_per_row")
+SCALING = np.dtype([*((name, np.int64) for name in _SCALING_FIELDS), ("factor", np.float64)])
+"""What values in float32 are multiplied by: each becomes ``(value - zero) * scale * factor``.
 
-SCALING = np.dtype(
-    [
-        (name, np.int64)
-        for name in ("pairs", "columns", "rows_per_pair", "columns_per_pair", "pairs_per_row")
-    ]
-)
-"""What values in float32 are multiplied by: each becomes ``(value - zero) * scale``.
-
-``pairs`` is the address of ``[num_pairs, 2]`` float32, scales and zeros, or 0: values stay. The
-tensor's values are cut into rows of ``columns``; those of ``rows_per_pair`` rows and
-``columns_per_pair`` columns share a pair, and side by side there are ``pairs_per_row``.
+Each product is rounded to float32, in this order, and ``factor`` is a float32's value. ``pairs``
+is the address of ``[num_pairs, 2]`` float32, scales and zeros, or 0: values stay. The tensor's
+values are cut into rows of ``columns``; those of ``rows_per_pair`` rows and ``columns_per_pair``
+columns share a pair, and side by side there are ``pairs_per_row``.
 """
+
+NUM_CONVERSIONS = len(Format) * len(IMAGE_FORMATS)
 
 
 def conversion_of(source: Format, target: Format) -> int:
-    """The index of a conversion among all of them; ``target`` is a format of images."""
+    """The index of a conversion among those of formats; ``target`` is a format of images."""
     return source * len(IMAGE_FORMATS) + target

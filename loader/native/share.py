@@ -52,7 +52,7 @@ def fill_blocks(
     addresses of the shared words: those of ``Turn``, and ``[num_blocks] int64`` that each become 1
     with their block. After each, ``event`` is signalled, an eventfd or -1. ``before_block`` is the
     address of what is called with each block's index before it is read, or 0; a block for which it
-    does not answer 0 is refused. The others, and what is returned, are as of ``fill``.
+    does not answer 0 is not read. The others, and what is returned, are as of ``fill``.
     """
     num_blocks = first_runs.size - 1
     while load(turn + _HALT_OFFSET) == 0:
@@ -61,7 +61,7 @@ def fill_blocks(
             break
         first, last = first_runs[block], first_runs[block + 1]
         if before_block != 0 and call(before_block, block, 0, 0) != 0:
-            return Fault.REFUSED.value, first, 0
+            return Fault.RAISED.value, first, 0
         fault, index, detail = fill(runs[first:last], conversions, scalings, fds, stages, scratch)
         if fault != 0:
             return fault, first + index, detail

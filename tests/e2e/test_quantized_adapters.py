@@ -18,8 +18,8 @@ from torch import Tensor
 from loader.peft_config import parse_config
 from tests.e2e.conftest import DEVICE
 from tests.e2e.harness import serving
-from tests.loader.test_gguf import interleaved
-from tests.loader.test_quantized import FORMATS, Quantize, row_scaled
+from tests.loader.gguf_files import interleaved
+from tests.loader.quantizers import FORMATS, Quantize, row_scaled
 from tools.tiny_model.cache import TinyModel
 
 pytestmark = pytest.mark.e2e
@@ -95,14 +95,17 @@ def test_adapters_of_eight_bits_answer_like_the_ones_they_were_made_of(
     }
     arguments = [str(tiny_model.base), "--device", DEVICE, "--dtype", "float32", "--port", "0"]
     arguments += ["--served-model-name", "tiny", "--kv-cache-memory", "64MiB"]
+    in_folder = tmp_path / "in-folder"
+    in_folder.mkdir()
+    arguments += ["--lora-dir", str(in_folder)]
     asked = []
     for format, voice in product((*formats, "gguf"), tiny_model.adapters):
         name, folder = f"{voice}-{format}", tiny_model.adapters[voice]
         if format == "gguf":
-            path = write_gguf(folder, tmp_path / f"{name}.gguf", heads)
+            write_gguf(folder, in_folder / f"{name}.gguf", heads)
         else:
             path = requantize(folder, tmp_path / name, formats[format])
-        arguments += ["--lora", f"{name}={path}"]
+            arguments += ["--lora", f"{name}={path}"]
         for prompt, answer in zip(tiny_model.prompts, tiny_model.answers[voice], strict=True):
             asked.append((name, prompt, answer))
     with serving(*arguments) as server, ThreadPoolExecutor(16) as pool:

@@ -1,6 +1,7 @@
 """Small random models of every family, as Hugging Face folders, with PEFT adapters on top."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,16 @@ class Oracle:
     """What transformers and peft answer for one base model and all of its ``adapters``."""
 
     def __init__(
-        self, family: str, folder: Path, adapters: dict[str, dict[str, Any]] = ADAPTERS
+        self,
+        family: str,
+        folder: Path,
+        adapters: dict[str, dict[str, Any]] = ADAPTERS,
+        **shape: int,
     ) -> None:
-        """Makes the model, saves its base in ``folder``."""
+        """Makes the model, whose ``shape`` may differ, and saves its base in ``folder``."""
         config_class, fields = FAMILIES[family]
         torch.manual_seed(sum(family.encode()))
-        config = getattr(transformers, config_class)(**_SHAPE, **fields)
+        config = getattr(transformers, config_class)(**_SHAPE | shape, **fields)
         model = transformers.AutoModelForCausalLM.from_config(config).float()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -93,6 +98,15 @@ class Oracle:
             for path, module in self._model.named_modules()
             if isinstance(module, LoraLayer)
         }
+
+    def set_pairs(self, adapter: str, factors: Mapping[str, Tensor], scaling: float) -> None:
+        """Gives an adapter other weights, all of them, by their names in PEFT's files."""
+        for path, layer in self.layers.items():
+            for factor, parts in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                values = factors[f"base_model.model.{path}.{factor}.weight"]
+                parts[adapter].weight.data.copy_(values)
+            layer.scaling[adapter] = scaling
+        self._logits.clear()
 
     def save_adapters(self, folder: Path) -> None:
         """Writes a PEFT folder for each adapter, by its name."""

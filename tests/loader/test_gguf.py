@@ -6,13 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
-from gguf.constants import GGML_QUANT_SIZES
-from gguf.quants import dequantize, quantize
-from numpy.typing import NDArray
 
 from ipc.base_model import BaseModel, DType
 from ipc.errors import AdapterInvalid, SidestreamError
@@ -21,39 +17,9 @@ from loader.adapter_files import AdapterFolders
 from loader.ggml_types import ggml_type
 from loader.inspector import Inspector
 from loader.native.runs import Format
-from tests.adapters import (
-    StoredTensor,
-    base_model,
-    config_fields,
-    make_old,
-    tensor_name,
-    write_folder,
-)
+from tests.adapters import base_model, config_fields, make_old, write_folder
+from tests.loader.gguf_files import ALPHA, MADE_UP, NAMES, RANK, WRITTEN, Written
 from tests.loader.images import read_image
-
-Values = NDArray[np.float32]
-NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "down_proj": "ffn_down"}
-RANK, ALPHA = 256, 64.0
-WRITTEN = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1)
-# Where float16 scales stand in a block: all others of its bytes may be anything.
-SCALES: dict[Type, tuple[int, ...]] = {
-    Type.Q4_K: (0, 2),
-    Type.Q5_K: (0, 2),
-    Type.Q6_K: (208,),
-    Type.Q2_K: (80, 82),
-    Type.Q3_K: (108,),
-    Type.TQ1_0: (52,),
-    Type.TQ2_0: (64,),
-    Type.IQ1_S: (0,),
-    Type.IQ2_XXS: (0,),
-    Type.IQ2_XS: (0,),
-    Type.IQ2_S: (0,),
-    Type.IQ3_XXS: (0,),
-    Type.IQ3_S: (0,),
-    Type.IQ4_NL: (0,),
-    Type.IQ4_XS: (0,),
-}
-MADE_UP = tuple(SCALES)
 
 
 def base_of(architecture: str = "LlamaForCausalLM", dtype: DType = DType.FLOAT32) -> BaseModel:
@@ -68,82 +34,6 @@ def base_of(architecture: str = "LlamaForCausalLM", dtype: DType = DType.FLOAT32
         base.dtype,
         base.linears,
     )
-
-
-def random_blocks(
-    kind: Type, rows: int, columns: int, rng: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Any block whose scales are numbers, as no writer in Python makes them."""
-    size, num_bytes = GGML_QUANT_SIZES[kind]
-    blocks = rng.integers(0, 256, (rows * columns // size, num_bytes), np.uint8)
-    for at in SCALES[kind]:
-        scales = rng.normal(0, 0.01, len(blocks)).astype(np.float16)
-        blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
-    return blocks.reshape(rows, -1)
-
-
-def interleaved(rows: Values, num_heads: int) -> Values:
-    """As the converter writes q and k of Llama."""
-    halves = rows.reshape(num_heads, 2, len(rows) // num_heads // 2, -1)
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def parted(rows: Values, num_heads: int) -> Values:
-    """What was interleaved, as it was."""
-    pairs = rows.reshape(num_heads, len(rows) // num_heads // 2, 2, -1)
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-class Written:
-    """A GGUF adapter in ``path``, and as a PEFT adapter the values that it stands for."""
-
-    def __init__(
-        self,
-        path: Path,
-        base: BaseModel,
-        kinds: Callable[[], Type],
-        rank: int = RANK,
-        change: Callable[[GGUFWriter], None] = lambda writer: None,
-        drop: str = "",
-        names: dict[str, str] = NAMES,
-        alpha: float | None = ALPHA,
-    ) -> None:
-        rng = np.random.default_rng(3)
-        architecture = "llama" if base.architecture == "LlamaForCausalLM" else "qwen2"
-        writer = GGUFWriter(path, architecture)
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        if alpha is not None:
-            writer.add_float32("adapter.lora.alpha", alpha)
-        change(writer)
-        self.path, self.plain = path, {}
-        for module, name in names.items():
-            shape = base.linear(module)
-            heads = {"q_proj": base.num_heads, "k_proj": base.num_kv_heads}.get(module)
-            for factor, size in (
-                ("lora_A", (rank, shape.in_features)),
-                ("lora_B", (shape.out_features, rank)),
-            ):
-                kind = kinds()
-                values = rng.standard_normal(size, np.float32)
-                takes_turns = architecture == "llama" and factor == "lora_B"
-                if takes_turns and heads is not None:
-                    values = interleaved(values, heads)
-                stored = (
-                    random_blocks(kind, *size, rng) if kind in MADE_UP else quantize(values, kind)
-                )
-                full = f"blk.0.{name}.weight.{factor.lower()}"
-                if full != drop:
-                    writer.add_tensor(full, stored, raw_dtype=kind)
-                stands_for = dequantize(stored, kind).reshape(size).astype(np.float32)
-                if takes_turns and heads is not None:
-                    stands_for = parted(stands_for, heads)
-                self.plain[tensor_name(0, module, factor)] = StoredTensor.of(stands_for)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        make_old(path.parent)
 
 
 def inspect(base: BaseModel, path: Path, max_rank: int = RANK) -> tuple[Inspector, Manifest]:

@@ -16,8 +16,9 @@ from loader.gguf_header import parse_header
 from loader.host_tier import HostTier
 from loader.shared_blocks import BlockReader, SharedBlocks
 from tests.adapters import base_model, make_old
+from tests.loader.gguf_files import Written
 from tests.loader.images import read_image
-from tests.loader.test_gguf import Written, base_of, inspect
+from tests.loader.test_gguf import base_of, inspect
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "gguf" / "adapter.gguf"
 
 
-def test_a_file_that_is_cut_short_fails_every_thread_that_reads_it(path: Path) -> None:
+def test_a_file_of_foreign_types_that_is_cut_short_fails_its_read(path: Path) -> None:
     base = base_of()
     Written(path, base, lambda: Type.TQ1_0)
     inspector, manifest = inspect(base, path)
@@ -36,10 +37,8 @@ def test_a_file_that_is_cut_short_fails_every_thread_that_reads_it(path: Path) -
     image = HostTier(1 << 22).reserve(manifest.generation, adapter.plan.layout, [])
     assert image is not None
     blocks = SharedBlocks(cut(adapter.plan, 10_000))
-    for _ in range(3):
-        with pytest.raises(AdapterInvalid, match="it was cut short"):
-            BlockReader().read(blocks, image, adapter.files, adapter.plan)
-    assert blocks.num_begun == 0
+    with pytest.raises(AdapterInvalid, match="it was cut short"):
+        BlockReader().read(blocks, image, adapter.files, adapter.plan)
     adapter.files.close()
 
 

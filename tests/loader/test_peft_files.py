@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ipc.errors import AdapterInvalid
 from ipc.messages import AdapterId, AdapterSource, Manifest
 from loader.adapter_files import AdapterFolders
 from loader.inspector import Inspector
-from loader.peft_files import INDEX_NAME, find_files
+from loader.peft_files import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    TENSORS_NAME,
+    TRANSFORMERS_INDEX_NAME,
+    find_files,
+)
 from loader.safetensors_header import MAX_HEADER_BYTES
 from tests.adapters import (
     StoredTensor,
@@ -75,6 +83,34 @@ def test_shards_become_the_image_of_one_file(tmp_path: Path) -> None:
     assert manifest.modules == inspect(tmp_path / "whole").modules
     assert manifest.file_bytes == inspect(tmp_path / "whole").file_bytes
     assert read_image(inspector(tmp_path / "shards"), manifest) == image_bytes(BASE, tensors)
+
+
+def test_shards_of_transformers_are_read_by_the_index_that_it_writes(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=BASE.hidden_size,
+        intermediate_size=96,
+        num_hidden_layers=BASE.num_layers,
+        num_attention_heads=BASE.num_heads,
+        num_key_value_heads=BASE.num_kv_heads,
+    )
+    model = LlamaForCausalLM(config)
+    model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    for name, max_shard_size in (("shards", "6KB"), ("whole", "1GB")):
+        model.save_pretrained(tmp_path / name, max_shard_size=max_shard_size)
+        make_old(tmp_path / name)
+    assert find_files(str(tmp_path / "shards"))[1] == TRANSFORMERS_INDEX_NAME
+    images = [
+        read_image(inspector(tmp_path / name), inspect(tmp_path / name))
+        for name in ("shards", "whole")
+    ]
+    assert images[0] == images[1]
+    # A base model's index beside an adapter's own, or beside a whole file, says nothing of it.
+    (tmp_path / "whole" / TRANSFORMERS_INDEX_NAME).write_text("{}")
+    assert find_files(str(tmp_path / "whole")) == (CONFIG_NAME, TENSORS_NAME)
+    index = tmp_path / "shards" / TRANSFORMERS_INDEX_NAME
+    index.write_text(index.read_text().replace("00001-of", "00002-of"))
+    assert f"{TRANSFORMERS_INDEX_NAME}: weight_map says" in refusal(tmp_path / "shards")
 
 
 @pytest.mark.parametrize("name", [INDEX_NAME, *SHARDS])

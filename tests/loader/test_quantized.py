@@ -1,21 +1,13 @@
-"""A quantized adapter's image is that of the values which its writer says it stands for.
-
-Written by bitsandbytes and compressed-tensors themselves, or by torch where these only add a scale.
-"""
+"""A quantized adapter's image is that of the values which its writer says it stands for."""
 
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from bitsandbytes import functional as bitsandbytes
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ipc.base_model import BaseModel, DType
@@ -23,175 +15,18 @@ from ipc.errors import AdapterInvalid, SidestreamError
 from ipc.messages import AdapterId, Manifest
 from loader.adapter_files import AdapterFolders
 from loader.inspector import Inspector
-from tests.adapters import base_model, config_fields, make_old, tensor_name
+from tests.adapters import base_model, make_old, tensor_name
 from tests.loader.images import read_image
+from tests.loader.quantizers import (
+    FORMATS,
+    RANK,
+    Quantize,
+    quantized_tensors,
+    write,
+)
 
-RANK = 16
-MODULES = ("q_proj", "down_proj")
-E4M3_MAX = 448.0
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """``parts`` as a file has them, by what follows ``….lora_A.``; they stand for ``values``."""
-
-    parts: dict[str, Tensor]
-    values: Tensor
-
-
-Quantize = Callable[[Tensor], Quantized]
-
-
-def rounded(dtype: torch.dtype) -> Quantize:
-    """Rounded to a dtype that has no scales."""
-
-    def quantize(weight: Tensor) -> Quantized:
-        values = weight.to(dtype)
-        return Quantized({"weight": values}, values.float())
-
-    return quantize
-
-
-def spread(scale: Tensor, shape: torch.Size) -> Tensor:
-    """A scale for each part of a row, or each block of 128 x 128, as one for each value."""
-    rows, columns = shape
-    tall, wide = scale.shape
-    down = scale.repeat_interleave(rows if tall == 1 else 1 if tall == rows else 128, 0)
-    across = down.repeat_interleave(columns // wide if columns % wide == 0 else 128, 1)
-    return across[:rows, :columns].float()
-
-
-def compressed(dtype: torch.dtype, scale_dtype: torch.dtype, *shape: int) -> Quantize:
-    """fp8 or int8 with a scale of this shape; 0 stands for the rows, -n for n parts of a row."""
-
-    def quantize(weight: Tensor) -> Quantized:
-        rows, _ = weight.shape
-        sizes = [rows if size == 0 else abs(size) for size in shape]
-        scale = (0.01 + torch.rand(sizes)).to(scale_dtype)
-        of_each = spread(scale.reshape(sizes if len(sizes) == 2 else (-1, 1)), weight.shape)
-        limit = E4M3_MAX if dtype.is_floating_point else 127.0
-        values = (weight / of_each * 3).clamp(-limit, limit)
-        values = values.to(dtype) if dtype.is_floating_point else values.round().to(dtype)
-        return Quantized({"weight": values, "weight_scale": scale}, values.float() * of_each)
-
-    return quantize
-
-
-def row_scaled(name: str) -> Quantize:
-    """``fp8`` or ``int8``, as near to the weights as a scale for each row permits."""
-    dtype, greatest = {"fp8": (torch.float8_e4m3fn, E4M3_MAX), "int8": (torch.int8, 127.0)}[name]
-
-    def quantize(weight: Tensor) -> Quantized:
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-6) / greatest
-        values = weight / scale
-        values = (values if dtype.is_floating_point else values.round()).to(dtype)
-        return Quantized({"weight": values, "weight_scale": scale}, values.float() * scale)
-
-    return quantize
-
-
-def asymmetric(weight: Tensor) -> Quantized:
-    quantized = compressed(torch.int8, torch.float32, 0, 1)(weight)
-    zeros = torch.randint(-128, 128, (len(weight), 1), dtype=torch.int8)
-    scale = quantized.parts["weight_scale"]
-    values = (quantized.parts["weight"].float() - zeros.float()) * scale
-    return Quantized(quantized.parts | {"weight_zero_point": zeros}, values)
-
-
-def packed_int4(groups: int, with_zeros: bool = False) -> Quantize:
-    def quantize(weight: Tensor) -> Quantized:
-        rows, columns = weight.shape
-        scale = (0.01 + torch.rand(rows, groups)).bfloat16()
-        values = torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
-        parts = {
-            "weight_packed": pack_to_int32(values, 4),
-            "weight_scale": scale,
-            "weight_shape": torch.tensor([rows, columns], dtype=torch.int32),
-        }
-        of_each = values.float()
-        if with_zeros:
-            zeros = torch.randint(-8, 8, (rows, groups), dtype=torch.int8)
-            parts["weight_zero_point"] = pack_to_int32(zeros, 4, packed_dim=0)
-            of_each -= spread(zeros, weight.shape)
-        return Quantized(parts, of_each * spread(scale, weight.shape))
-
-    return quantize
-
-
-def bitsandbytes_int8(weight: Tensor) -> Quantized:
-    values, scb, _ = bitsandbytes.int8_vectorwise_quant(weight.half())
-    parts = {"weight": values, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    return Quantized(parts, values.float() * (scb[:, None] * np.float32(1 / 127)))
-
-
-def nf4(nested: bool) -> Quantize:
-    def quantize(weight: Tensor) -> Quantized:
-        values, state = bitsandbytes.quantize_4bit(
-            weight, blocksize=64, quant_type="nf4", compress_statistics=nested
-        )
-        parts = {"weight": values} | {
-            f"weight.{name}": part for name, part in state.as_dict(packed=True).items()
-        }
-        # On a CPU it takes rows that are shorter than a block for a block each.
-        state.shape = torch.Size((weight.numel() // 64, 64))
-        return Quantized(parts, bitsandbytes.dequantize_4bit(values, state).view(weight.shape))
-
-    return quantize
-
-
-FORMATS: dict[str, Quantize] = {
-    "fp32": rounded(torch.float32),
-    "fp16": rounded(torch.float16),
-    "bf16": rounded(torch.bfloat16),
-    "fp8 e4m3": rounded(torch.float8_e4m3fn),
-    "fp8 e5m2": rounded(torch.float8_e5m2),
-    "fp8 per tensor": compressed(torch.float8_e4m3fn, torch.float32, 1),
-    "fp8 per tensor, e5m2": compressed(torch.float8_e5m2, torch.bfloat16, 1, 1),
-    "fp8 per row": compressed(torch.float8_e4m3fn, torch.bfloat16, 0, 1),
-    "int8 per tensor": compressed(torch.int8, torch.float16, 1),
-    "int8 per row": compressed(torch.int8, torch.bfloat16, 0, 1),
-    "int8 per row, flat": compressed(torch.int8, torch.float32, 0),
-    "int8 by parts of rows": compressed(torch.int8, torch.bfloat16, 0, -2),
-    "int8 with zeros": asymmetric,
-    "int4 per row": packed_int4(1),
-    "int4 by parts of rows": packed_int4(2),
-    "int4 with zeros": packed_int4(1, with_zeros=True),
-    "int4 with zeros, by parts of rows": packed_int4(2, with_zeros=True),
-    "bitsandbytes int8": bitsandbytes_int8,
-    "NF4": nf4(nested=False),
-    "NF4, nested": nf4(nested=True),
-}
-
-
-def write(folder: Path, tensors: dict[str, Tensor], modules: tuple[str, ...] = MODULES) -> Path:
-    folder.mkdir()
-    config = config_fields(RANK, target_modules=list(modules))
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / "adapter_model.safetensors")
-    make_old(folder)
-    return folder
-
-
-def quantized_tensors(
-    base: BaseModel, quantize: Quantize
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of every pair: as quantized, and the values that it stands for."""
-    torch.manual_seed(0)
-    quantized, plain = {}, {}
-    for layer in range(base.num_layers):
-        for module in MODULES:
-            shape = base.linear(module)
-            for factor, size in (
-                ("lora_A", (RANK, shape.in_features)),
-                ("lora_B", (shape.out_features, RANK)),
-            ):
-                name = tensor_name(layer, module, factor)
-                made = quantize(torch.randn(size))
-                plain[name] = made.values
-                for part, tensor in made.parts.items():
-                    quantized[name.removesuffix("weight") + part] = tensor
-    return quantized, plain
+A_OF_Q = tensor_name(1, "q_proj", "lora_A").removesuffix("weight")
+A_OF_DOWN = tensor_name(1, "down_proj", "lora_A").removesuffix("weight")
 
 
 def inspect(base: BaseModel, folder: Path) -> tuple[Inspector, Manifest]:
@@ -215,15 +50,28 @@ def test_the_image_is_that_of_the_values(tmp_path: Path, quantize: Quantize, dty
 
 def test_blocks_of_128_by_128_need_not_end_where_a_tensor_does(tmp_path: Path) -> None:
     base = base_model(hidden_size=256, intermediate_size=320)
-
-    def quantize(weight: Tensor) -> Quantized:
-        blocks = [-(-size // 128) for size in weight.shape]
-        return compressed(torch.float8_e4m3fn, torch.float32, *blocks)(weight)
-
-    quantized, plain = quantized_tensors(base, quantize)
+    quantized, plain = quantized_tensors(base, FORMATS["fp8 by blocks"])
+    assert quantized[A_OF_DOWN + "weight_scale"].shape == (1, 3)
     folders = write(tmp_path / "quantized", quantized), write(tmp_path / "plain", plain)
     images = [image_of(base, folder) for folder in folders]
     assert images[0] == images[1]
+
+
+def test_scales_of_one_row_that_may_be_for_parts_or_for_blocks_are_refused(tmp_path: Path) -> None:
+    base = base_model(num_layers=1, hidden_size=300)
+    tensors, _ = quantized_tensors(base, FORMATS["fp8 by blocks"], 1)
+    with pytest.raises(AdapterInvalid, match="clearly for 100 values each, or for 128"):
+        inspect(base, write(tmp_path / "a", tensors, rank=1))
+
+
+@pytest.mark.parametrize("hidden_size", [320, 384])
+def test_scales_of_one_row_are_for_blocks_where_they_fit_no_parts(
+    tmp_path: Path, hidden_size: int
+) -> None:
+    base = base_model(num_layers=1, hidden_size=hidden_size)
+    quantized, plain = quantized_tensors(base, FORMATS["fp8 by blocks"], 1)
+    image = image_of(base, write(tmp_path / "quantized", quantized, rank=1))
+    assert image == image_of(base, write(tmp_path / "plain", plain, rank=1))
 
 
 def test_rows_need_not_be_a_multiple_of_those_whose_zeros_share_a_word(tmp_path: Path) -> None:
@@ -232,7 +80,7 @@ def test_rows_need_not_be_a_multiple_of_those_whose_zeros_share_a_word(tmp_path:
     images = []
     name = tensor_name(0, "up_proj", "lora_B")
     a = {tensor_name(0, "up_proj", "lora_A"): torch.randn(RANK, 64)}
-    made = packed_int4(2, with_zeros=True)(torch.randn(100, RANK))
+    made = FORMATS["int4 with zeros, by parts of rows"](torch.randn(100, RANK))
     assert made.parts["weight_zero_point"].shape == (13, 2)
     parts = {name.removesuffix("weight") + part: tensor for part, tensor in made.parts.items()}
     for kind, b in (("quantized", parts), ("plain", {name: made.values})):
@@ -257,7 +105,6 @@ def test_the_manifest_counts_the_bytes_that_are_read(tmp_path: Path) -> None:
     assert manifest.file_bytes == sum(tensor.nbytes for tensor in quantized.values())
 
 
-A_OF_Q = tensor_name(1, "q_proj", "lora_A").removesuffix("weight")
 Change = Callable[[Tensor], Tensor]
 
 
@@ -281,7 +128,8 @@ REFUSED: list[tuple[str, str, Change | None, str]] = [
     ("fp8 per row", "weight_scale", lambda s: s.T, "one scale for [16, 64]"),
     ("fp8 per row", "weight", lambda w: w.reshape(-1), "two dimensions, none of them 0, got [1024"),
     ("fp8 per row", "weight_zero_point", lambda _: torch.zeros(16, 1), "is of no format"),
-    ("int4 per row", "weight_shape", lambda s: s * 2, "[r, c] with c = 8 k for weight_packed"),
+    ("int4 per row", "weight_shape", lambda s: s * 2, "[r, c] with k = ceil(c / 8) for weight_"),
+    ("int4 per row", "weight_shape", lambda s: s * 0, "for weight_packed [r, k], got [0, 0]"),
     ("int4 per row", "weight_shape", None, "expected a weight_shape beside it, got none"),
     ("int4 per row", "weight_g_idx", lambda _: torch.zeros(64), "is of no format"),
     ("int4 with zeros", "weight_zero_point", lambda z: z.float(), "expected I32, got F32"),
@@ -294,7 +142,7 @@ REFUSED: list[tuple[str, str, Change | None, str]] = [
     ("NF4", "weight.quant_state.bitsandbytes__nf4", state(quant_type="fp4"), "quant_type is nf4"),
     ("NF4", "weight.quant_state.bitsandbytes__nf4", state(blocksize=0), "a blocksize, got"),
     ("NF4", "weight.quant_state.bitsandbytes__nf4", state(shape=[16, 32]), "512 values in halves"),
-    ("NF4", "weight.quant_state.bitsandbytes__nf4", state(shape=[1024, 1]), "an even number in"),
+    ("NF4", "weight.quant_state.bitsandbytes__nf4", state(shape=[1, 1022]), "got 512 bytes"),
     (
         "NF4",
         "weight.quant_state.bitsandbytes__nf4",

@@ -21,7 +21,7 @@ from tests.adapters import (
     write_folder,
 )
 from tests.e2e.test_quantized_adapters import requantize, write_gguf
-from tests.loader.test_quantized import row_scaled
+from tests.loader.quantizers import row_scaled
 from tools.adapter_base import base_of_adapter
 from tools.cli import main
 from tools.inspect_adapter import (

@@ -153,6 +153,24 @@ def test_an_adapter_folder_is_told_to_engine_and_loader_and_its_adapters_can_be_
     assert made.engine.adapters == (StartAdapter("shout", str(adapters / "shout"), True),)
 
 
+def test_gguf_files_can_be_named_and_pinned_also_by_links(
+    model: Path, adapters: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "of-gguf"
+    folder.mkdir()
+    (folder / "3f2a").write_bytes(b"")
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).symlink_to(folder / "3f2a")
+    made = plan(model, "--lora", f"c={folder}/a.gguf", "--lora-dir", folder, "--pin", "b")
+    assert made.engine.adapters == (
+        StartAdapter("c", str(folder / "a.gguf")),
+        StartAdapter("b", str(folder / "b.gguf"), True),
+    )
+    (folder / "b").mkdir()
+    with pytest.raises(InvalidRequest, match=r"has b/ and b\.gguf: expected one"):
+        plan(model, "--lora-dir", folder, "--pin", "b")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -226,8 +226,8 @@ def _shrink_few_kernel(
         row = next_row
         scratch_row = next_scratch_row
 
-    # The lists are shared out as if they were one: so the first programs, which are the first to find
-    # room, have work.
+    # The lists are shared out as if they were one: so the first programs, which find room first,
+    # have work.
     item -= num_items
     num_tiles = tl.load(units_ptr + 1) * num_modules
     num_splits = tl.minimum(tl.maximum(num_filled // tl.maximum(num_tiles, 1), 1), ROWS_SPLITS)

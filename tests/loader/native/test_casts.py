@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from loader.native.fill import STEP_VALUES
-from loader.native.runs import IMAGE_FORMATS, TILE_VALUES, Fault, Format
+from loader.native.runs import IMAGE_FORMATS, STEP_VALUES, TILE_VALUES, Fault, Format
 from tests.loader.native.filling import converted
 from tests.loader.native.reference_casts import BITS, Bits, cast
 
