@@ -147,7 +147,7 @@ class Engine:
             RingGrant(
                 epoch, self._ring.grant_kind(), self._ring.num_chunks, self._ring.chunk_bytes
             ),
-            EngineHello(base, config.max_lora_rank),
+            EngineHello(base, config.max_lora_rank, compute.base_files),
             crossings,
         )
         catalog = Path(config.catalog) if config.catalog else run_folder.catalog_path

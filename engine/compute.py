@@ -19,21 +19,24 @@ from engine.model_runner import ModelRunner, StepGraphs
 from engine.models.config import ModelConfig, read_model_config
 from engine.models.decoder import Decoder
 from engine.models.dummy import make_dummy_model
-from engine.models.weights import load_model
+from engine.models.weights import checkpoint_identities, load_model
 from engine.sampler import Sampler
 from ipc.base_model import BaseModel, DType
+from ipc.messages import FileIdentity
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
     """What runs a plan, and what a plan may refer to: blocks of the cache, adapters of the pool.
 
-    ``has_graphs``: steps that have decodes alone are launched at once, as graphs.
+    ``has_graphs``: steps that have decodes alone are launched at once, as graphs. ``base_files``
+    are as in ``EngineHello``.
     """
 
     model: ModelConfig
     dtype: DType
     base: BaseModel
+    base_files: tuple[FileIdentity, ...] | None
     decoder: Decoder
     num_blocks: int
     pool: AdapterPool
@@ -53,9 +56,12 @@ def build_compute(
     folder = Path(config.model)
     model = read_model_config(folder, config.max_model_len)
     dtype = choose_dtype(config.dtype, model.dtype, device)
+    base_files = None
     if config.load_format is LoadFormat.DUMMY:
         decoder = make_dummy_model(model, dtype, device, config.seed)
     else:
+        # Before they are read: who asks later sees whatever was written since.
+        base_files = checkpoint_identities(folder)
         decoder = load_model(model, folder, dtype, device)
     base = model.base_model(dtype)
     pool = AdapterPool(base, config.max_adapter_bytes, device)
@@ -90,5 +96,14 @@ def build_compute(
         around_group,
     )
     return Compute(
-        model, dtype, base, decoder, num_blocks, pool, tables, runner, graphs is not None
+        model,
+        dtype,
+        base,
+        base_files,
+        decoder,
+        num_blocks,
+        pool,
+        tables,
+        runner,
+        graphs is not None,
     )

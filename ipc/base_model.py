@@ -35,12 +35,16 @@ class DType(Enum):
 
 
 class LinearShape(msgspec.Struct, frozen=True, array_like=True):
-    """``weight`` is ``[out_features, in_features]``; ``path`` is relative to its decoder layer."""
+    """``weight`` is ``[out_features, in_features]``; ``path`` is relative to its decoder layer.
+
+    ``has_bias`` says whether the base adds a bias ``[out_features]`` to the product.
+    """
 
     name: str
     path: str
     in_features: int
     out_features: int
+    has_bias: bool = False
 
 
 class BaseModel(msgspec.Struct, frozen=True):

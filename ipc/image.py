@@ -51,8 +51,8 @@ class EntryKind(Enum):
 class AdapterModule(msgspec.Struct, frozen=True, array_like=True):
     """What one adapter adds to one module of one stage.
 
-    ``rank`` is the file's own, 0 where the adapter brings no low-rank pair; ``scaling`` is the
-    ``s`` of ``x Wᵀ + s · (x Aᵀ) Bᵀ``.
+    ``rank`` is the file's own, 0 where the adapter brings no low-rank pair, 1 where that is one of
+    zeros for the sake of a bias; ``scaling`` is the ``s`` of ``x Wᵀ + s · (x Aᵀ) Bᵀ``.
     """
 
     stage: int

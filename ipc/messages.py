@@ -336,10 +336,15 @@ class AdapterSource(msgspec.Struct, frozen=True):
 
 
 class EngineHello(msgspec.Struct, frozen=True, tag="engine_hello"):
-    """The engine's half of the handshake: what adapters have to fit."""
+    """The engine's half of the handshake: what adapters have to fit.
+
+    ``base_files`` are those of the base model's weights as they were when they were read, in order
+    of their names; None where the weights are of no file.
+    """
 
     base: BaseModel
     max_lora_rank: int
+    base_files: tuple[FileIdentity, ...] | None = None
 
 
 class Inspect(msgspec.Struct, frozen=True, tag="inspect"):

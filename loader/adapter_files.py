@@ -66,6 +66,18 @@ class AdapterFiles:
     def path(self, index: int) -> str:
         return os.path.join(self.folder, self.names[index])
 
+    def append(self, name: str, payload: bytes) -> None:
+        """Adds a file in memory that holds ``payload``, behind all others.
+
+        It is no part of what the adapter is, ``identities``, and can not change.
+        """
+        fd = os.memfd_create(name)
+        self.names, self.fds = (*self.names, name), (*self.fds, fd)
+        with memoryview(payload) as view:
+            written = 0
+            while written < len(view):
+                written += os.write(fd, view[written:])
+
     def check_unchanged(self) -> None:
         """Raises ``AdapterInvalid`` if a file was written to since it was opened."""
         for index, stamp in enumerate(self._stamps):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.image import align
+from ipc.image import EntryKind, align
 from loader.ggml_types import GgmlType
 from loader.native.runs import IMAGE_FORMATS, NUM_CONVERSIONS, RUN, Format, conversion_of
 from loader.plan import AdapterPlan
@@ -105,10 +105,13 @@ def _pieces(plan: AdapterPlan, foreign: Sequence[GgmlType], block_bytes: int) ->
         source: conversion_of(source, IMAGE_FORMATS[plan.dtype]) for source in Format
     }
     conversions |= {source: NUM_CONVERSIONS + number for number, source in enumerate(foreign)}
+    of_row_scales = conversion_of(Format.FLOAT32, Format.FLOAT32)
     num_scales = 0
     for index, tensor in enumerate(plan.tensors):
         entry, scaling = tensor.entry, 0
         conversion, together = conversions[tensor.format], tensor.rows_together
+        if entry.kind is EntryKind.ROW_SCALE:
+            conversion = of_row_scales
         if tensor.scales is not None:
             scaling = num_scales = num_scales + 1
         row_bytes = entry.num_bytes // entry.rows

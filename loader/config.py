@@ -24,22 +24,31 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """What the loader may use and where it may look.
 
     ``adapter_roots`` and ``lora_dir`` are absolute; no file outside of them is ever read.
+    ``model`` is the base model's folder, absolute; without it DoRA and biases are refused.
     ``host_tier_bytes`` is the whole memory for adapter images, so it bounds each of them.
     ``inject_read_delay_s`` is for tests alone: every block of a file is held back that long
     before it is read, as a slow disk would; a small adapter is one block.
+    Row scales that were computed are kept in the folder ``row_scale_cache``, absolute, None for
+    one below the user's own; all together take ``row_scale_cache_bytes``.
     ``trace`` is the file that what happens is recorded in.
     """
 
     host_tier_bytes: int = 4 * GiB
     adapter_roots: tuple[str, ...] = ()
     lora_dir: str | None = None
+    model: str | None = None
     num_read_threads: int = default_read_threads()
     read_block_bytes: int = 8 * MiB
+    row_scale_cache: str | None = None
+    row_scale_cache_bytes: int = 2 * GiB
     inject_read_delay_s: float = 0.0
     trace: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("host_tier_bytes", "num_read_threads", "read_block_bytes"):
+        for name in (
+            *("host_tier_bytes", "num_read_threads", "read_block_bytes"),
+            "row_scale_cache_bytes",
+        ):
             value = getattr(self, name)
             if value <= 0:
                 raise ValueError(f"{name} must be greater than 0, got {value}")
@@ -47,8 +56,10 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             raise ValueError(f"inject_read_delay_s must be ≥ 0, got {self.inject_read_delay_s}")
         for name, paths in (
             ("adapter_roots", self.adapter_roots),
-            ("lora_dir", () if self.lora_dir is None else (self.lora_dir,)),
+            ("lora_dir", (self.lora_dir,)),
+            ("model", (self.model,)),
+            ("row_scale_cache", (self.row_scale_cache,)),
         ):
             for path in paths:
-                if not os.path.isabs(path):
+                if path is not None and not os.path.isabs(path):
                     raise ValueError(f"{name} must be absolute, got {path!r}")

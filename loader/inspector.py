@@ -40,10 +40,14 @@ _PlanKey = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class OpenAdapter:
-    """An adapter that is ready to be read; ``files`` are the receiver's to close."""
+    """An adapter whose ``files``, the receiver's to close, are of the generation asked for.
+
+    It can be read once it ``is_complete``: derived values, if its plan has any, lie in its files.
+    """
 
     files: AdapterFiles
     plan: AdapterPlan
+    is_complete: bool = True
 
 
 class Inspector:
@@ -99,7 +103,7 @@ class Inspector:
                 plan, digest = self._read(files)
                 if digest != source.generation.digest:
                     raise _changed(folder)
-            return OpenAdapter(files, plan)
+            return OpenAdapter(files, plan, is_complete=not plan.derivations)
         except BaseException:
             files.close()
             raise

@@ -33,6 +33,12 @@ class LoadTrace:
         self._recorder.span(track, f"read {name}", begin_s, end_s, args)
         self._recorder.flow(track, "read", adapter_id, Flow.BEGIN, begin_s)
 
+    def derived(self, folder: str, adapter_id: AdapterId, begin_s: float, end_s: float) -> None:
+        """The adapter's row scales were computed, all of them."""
+        name = PurePath(folder).name
+        args: Args = {"adapter": name, "adapter_id": adapter_id}
+        self._recorder.span("row scales", f"row scales of {name}", begin_s, end_s, args)
+
     def staged(
         self,
         load_id: LoadId,

@@ -5,10 +5,15 @@ then those of its ``Warm`` list. Each that is not in the host tier is fetched:
 
 | fetch   | meaning                                     | left by                              |
 |---------|---------------------------------------------|--------------------------------------|
-| OPENING | a thread opens and checks its files         | opened: WAITING; failed: over        |
+| OPENING | a thread opens and checks its files         | opened: WAITING or DERIVING; failed: |
+|         |                                             | over                                 |
+| DERIVING| its row scales are computed; nothing is open| complete: WAITING; failed: over;     |
+|         |                                             | not wanted: ENDING                   |
 | WAITING | open; the host tier has no room yet         | room: READING; not wanted: over      |
 | READING | its bytes come in; loads are bound to it    | whole or failed: over; cancel: ENDING|
 | ENDING  | not wanted; a thread is still at it         | that thread is done: over            |
+
+Row scales are computed for one adapter after the other, and hold up nobody else.
 
 Room is given in the order of urgency among the fetches that are open: one for which there is none
 yet holds up those behind it. It is taken from idle images that nothing wants, then from idle ones
@@ -27,6 +32,8 @@ from ipc.messages import (
     AdapterId,
     AdapterSource,
     ChunkReady,
+    EngineHello,
+    FileIdentity,
     Generation,
     LoaderToEngine,
     LoadId,
@@ -46,6 +53,7 @@ MAX_FETCHES = 8
 
 class FetchState(Enum):
     OPENING = "opening"
+    DERIVING = "deriving"
     WAITING = "waiting"
     READING = "reading"
     ENDING = "ending"
@@ -55,6 +63,7 @@ class _Fetch:
     def __init__(self, source: AdapterSource) -> None:
         self.source = source
         self.state = FetchState.OPENING
+        self.cancel_deriving: Callable[[], None] | None = None
         self.adapter: OpenAdapter | None = None
         self.read: ImageRead | None = None
 
@@ -63,7 +72,8 @@ class Loads:
     """One engine's wishes, and the host tier that outlives it.
 
     ``open_files`` opens a source's files elsewhere and later calls back, on the loop, with what
-    came of it.
+    came of it. So does ``derive``, which computes what is missing as well; it returns what makes
+    that end soon, with an error.
     """
 
     def __init__(
@@ -74,12 +84,16 @@ class Loads:
         open_files: Callable[
             [AdapterSource, Callable[[OpenAdapter | SidestreamError], None]], None
         ],
+        derive: Callable[
+            [AdapterSource, Callable[[OpenAdapter | SidestreamError], None]], Callable[[], None]
+        ],
     ) -> None:
         self._tier = tier
         self._reader = reader
         self._stager = stager
         self._open_files = open_files
-        self._base: BaseModel | None = None
+        self._derive = derive
+        self._made_for: tuple[BaseModel, tuple[FileIdentity, ...] | None] | None = None
         self._send: Callable[[LoaderToEngine], None] | None = None
         self._warm: list[AdapterSource] = []
         self._staged: dict[LoadId, tuple[Load, AdapterSource]] = {}
@@ -89,14 +103,15 @@ class Loads:
 
     def attach(
         self,
-        base: BaseModel,
+        hello: EngineHello,
         target: RingTarget,
         send: Callable[[LoaderToEngine | ChunkReady], None],
     ) -> None:
         """Serves a new engine. Images made for another base model are forgotten."""
-        if self._base is not None and self._base != base:
+        made_for = hello.base, hello.base_files
+        if self._made_for not in (None, made_for):
             self._tier.clear()
-        self._base = base
+        self._made_for = made_for
         self._send = send
         self._stager.attach(target, send)
         send(self._tier.describe())
@@ -175,6 +190,12 @@ class Loads:
         elif fetch.state is FetchState.ENDING:
             del self._fetches[generation]
             result.files.close()
+        elif not result.is_complete:
+            result.files.close()
+            fetch.state = FetchState.DERIVING
+            fetch.cancel_deriving = self._derive(
+                fetch.source, lambda completed: self._opened(fetch, completed)
+            )
         else:
             fetch.adapter = result
             fetch.state = FetchState.WAITING
@@ -213,7 +234,8 @@ class Loads:
         }
 
     def _may_begin(self, is_staged: bool) -> bool:
-        active = sum(fetch.state is not FetchState.ENDING for fetch in self._fetches.values())
+        idle = (FetchState.DERIVING, FetchState.ENDING)
+        active = sum(fetch.state not in idle for fetch in self._fetches.values())
         return active < (MAX_FETCHES if is_staged else MAX_WARM_FETCHES)
 
     def _open(self, source: AdapterSource) -> None:
@@ -281,6 +303,10 @@ class Loads:
         match fetch.state:
             case FetchState.OPENING:
                 fetch.state = FetchState.ENDING
+            case FetchState.DERIVING:
+                assert fetch.cancel_deriving is not None
+                fetch.state = FetchState.ENDING
+                fetch.cancel_deriving()
             case FetchState.WAITING:
                 assert fetch.adapter is not None
                 fetch.adapter.files.close()

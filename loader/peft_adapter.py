@@ -3,8 +3,8 @@
 A tensor is called ``base_model.model.<module path>.lora_A.weight`` (``[r, in]``) or
 ``.lora_B.weight`` (``[out, r]``); what describes it where it is quantized begins with the same name
 (``loader.quantized``). Every tensor must belong to a module that the configuration targets, and
-every targeted module must have its two. In which of the adapter's files a tensor stands has no
-meaning.
+every targeted module must have its two. Magnitudes of DoRA and trained biases: see
+``loader.peft_extras``. In which of the adapter's files a tensor stands has no meaning.
 
 Source: ``get_peft_model_state_dict`` of PEFT 0.21.
 """
@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 from ipc.base_model import BaseModel, LinearShape
 from ipc.errors import AdapterInvalid
-from ipc.image import AdapterModule, EntryKind, layout_image
+from ipc.image import AdapterModule, Entry, EntryKind, layout_image
+from loader.native.runs import Format
 from loader.peft_config import PeftConfig
+from loader.peft_extras import Extras, unexpected_bias
 from loader.peft_files import CONFIG_NAME, TensorFile
-from loader.plan import AdapterPlan, TensorPlan
+from loader.plan import DERIVED_KINDS, AdapterPlan, TensorPlan
 from loader.quantized import Encoding, ReadSmall, encoding_of
 from loader.scales import StoredTensor
 from loader.strict_json import shorten
@@ -27,10 +29,12 @@ FORMAT = "peft"
 
 _TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.(.+)")
 _KINDS = {"lora_A": EntryKind.LORA_A, "lora_B": EntryKind.LORA_B}
+# Of a pair beside which an image has a bias that the file has alone.
+_RANK_OF_ZEROS = 1
 # What tensors that can not be served are, by a part of their names.
 _UNSERVED = {
     "lora_embedding_": "an embedding's pair",
-    "lora_magnitude_vector": "DoRA",
+    "lora_magnitude_vector": "DoRA of what is no targeted linear layer",
     "embed_tokens": "an embedding",
     "lm_head": "the output head",
 }
@@ -79,6 +83,7 @@ def plan_adapter(
             )
     known = {module.path: module for module in _modules(base)}
     parts, others = gather(files)
+    extras, others = Extras.gather(others)
     for stored in others:
         raise _misplaced(stored, config, base)
     pairs: dict[str, dict[EntryKind, Encoding]] = {}
@@ -89,6 +94,7 @@ def plan_adapter(
         pairs.setdefault(path, {})[kind] = encoding_of(of_tensor, read)
 
     modules = []
+    derivations = []
     for path, module in known.items():
         targeted = config.is_targeted(path, module.layer)
         pair = pairs.get(path)
@@ -96,29 +102,55 @@ def plan_adapter(
             raise AdapterInvalid(
                 f"{where} has tensors of {module.short_path}, which {CONFIG_NAME} does not target"
             )
+        of_layer = base.layer_stage(module.layer)
         if targeted:
             rank = _check_pair(module, pair or {}, config, max_lora_rank, where)
-            modules.append(
-                AdapterModule(
-                    base.layer_stage(module.layer),
-                    module.shape.name,
-                    rank,
-                    config.scaling_of(path),
-                )
+            scaling = config.scaling_of(path)
+            derivation = extras.derivation(config, of_layer, path, module.shape, where)
+        else:
+            rank, scaling = _RANK_OF_ZEROS, 0.0
+            derivation = extras.lone_derivation(config, of_layer, path, module.shape)
+            if derivation is None:
+                continue
+        if derivation is not None:
+            derivations.append(derivation)
+        modules.append(
+            AdapterModule(
+                of_layer,
+                module.shape.name,
+                rank,
+                scaling,
+                row_scale=derivation is not None and derivation.scales_rows,
+                bias=derivation is not None and derivation.adds_bias,
             )
-    if not modules:
+        )
+    if not pairs:
         raise AdapterInvalid(
             f"{CONFIG_NAME} targets no linear layer of the base: target_modules is"
             f" {config.target_modules}",
             param="target_modules",
         )
+    # By now each path of a pair is one of a targeted linear.
+    for stored in extras.of_others(pairs, known):
+        raise _misplaced(stored, config, base)
 
     layout = layout_image(base, modules)
     paths = {(base.layer_stage(m.layer), m.shape.name): m.path for m in known.values()}
     plans = []
+    # Of the derived values, whose file is the next one.
+    derived_file, derived_bytes = files[-1].index + 1, 0
     for stage_index, stage in enumerate(layout.stages):
         for entry in stage.entries:
-            encoding = pairs[paths[stage_index, entry.module]][entry.kind]
+            path = paths[stage_index, entry.module]
+            if entry.kind in DERIVED_KINDS:
+                plan = _derived(path, derived_file, derived_bytes, stage_index, entry)
+                derived_bytes += plan.file_bytes
+                plans.append(plan)
+                continue
+            if path not in pairs:
+                plans.append(_zeros(path, stage_index, entry))
+                continue
+            encoding = pairs[path][entry.kind]
             values = encoding.values
             plans.append(
                 TensorPlan(
@@ -133,7 +165,18 @@ def plan_adapter(
                     encoding.scales,
                 )
             )
-    return AdapterPlan(FORMAT, tuple(modules), layout, base.dtype, tuple(plans))
+    return AdapterPlan(FORMAT, tuple(modules), layout, base.dtype, tuple(plans), tuple(derivations))
+
+
+def _derived(path: str, file: int, offset: int, stage: int, entry: Entry) -> TensorPlan:
+    name = f"the {entry.kind.value} of {path}"
+    return TensorPlan(name, file, offset, Format.FLOAT32, entry.rows, entry.columns, stage, entry)
+
+
+def _zeros(path: str, stage: int, entry: Entry) -> TensorPlan:
+    """A tensor without rows: all of the entry is beyond them."""
+    columns = entry.columns
+    return TensorPlan(f"the zeros of {path}", 0, 0, Format.FLOAT32, 0, columns, stage, entry)
 
 
 def _modules(base: BaseModel) -> Iterator[_Module]:
@@ -163,11 +206,7 @@ def _misplaced(stored: StoredTensor, config: PeftConfig, base: BaseModel) -> Ada
     """Why a tensor can not be served that is of no linear layer's pair."""
     name, where = stored.tensor.name, stored.file_name
     if name.endswith(".bias"):
-        return AdapterInvalid(
-            f"{CONFIG_NAME}: bias is {config.bias!r}, and {where} holds the bias"
-            f" {shorten(name, 160)}: trained biases can not be served",
-            param="bias",
-        )
+        return unexpected_bias(stored, config)
     for part, meaning in _UNSERVED.items():
         if part in name:
             return AdapterInvalid(

@@ -34,6 +34,7 @@ HONOURED = frozenset(
         "r",
         "lora_alpha",
         "use_rslora",
+        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "target_modules",
@@ -76,7 +77,6 @@ REFUSED: dict[str, str] = {
     "target_parameters": "adapters of bare parameters",
     "trainable_token_indices": "trained rows of the embedding",
     "use_bdlora": "block-diagonal factors",
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
 }
 
@@ -95,6 +95,7 @@ class PeftConfig:
     rank: int
     alpha: float
     use_rslora: bool
+    use_dora: bool
     rank_pattern: PatternTable[int]
     alpha_pattern: PatternTable[float]
     target_modules: NamedModules | MatchedModules
@@ -151,12 +152,13 @@ def parse_config(payload: bytes, where: str) -> PeftConfig:
         rank=reader.rank("r", fields.get("r")),
         alpha=reader.alpha("lora_alpha", fields.get("lora_alpha")),
         use_rslora=reader.one_of("use_rslora", (None, False, True)) is True,
+        use_dora=reader.one_of("use_dora", (None, False, True)) is True,
         rank_pattern=PatternTable.of(where, "rank_pattern", reader.ranks(), effort),
         alpha_pattern=PatternTable.of(where, "alpha_pattern", reader.alphas(), effort),
         target_modules=reader.target_modules(effort),
         exclude_modules=reader.exclude_modules(effort),
         layers_to_transform=reader.layers_to_transform(effort),
-        # Which of the base's biases were trained; where it has none, there is nothing to it.
+        # Which of the base's biases were trained: where it has none, there is nothing to it.
         bias=str(reader.one_of("bias", (None, "none", "all", "lora_only")) or "none"),
     )
 

@@ -1,13 +1,21 @@
 """How an adapter's files become its image: the same few facts, whatever format the files have."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ipc.base_model import DType
-from ipc.image import AdapterModule, Entry, ImageLayout
+from ipc.image import AdapterModule, Entry, EntryKind, ImageLayout
+from loader.floats import Floats
 from loader.ggml_types import GgmlType
 from loader.native.runs import Format
-from loader.scales import TensorScales
+from loader.scales import StoredTensor, TensorScales
+
+DERIVED_KINDS = (EntryKind.ROW_SCALE, EntryKind.BIAS)
+"""Entries that no file of an adapter holds: they are computed, see ``loader.derivation``."""
+
+Derived = Mapping[tuple[int, str, EntryKind], Floats]
+"""The values of such entries, by stage, module and kind: ``[out]`` each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,10 @@ class TensorPlan:
         return self.format.num_bytes(num_rows * self.columns)
 
     @property
+    def is_derived(self) -> bool:
+        return self.entry.kind in DERIVED_KINDS
+
+    @property
     def file_bytes(self) -> int:
         """Bytes that are read for it."""
         of_scales = 0 if self.scales is None else self.scales.file_bytes
@@ -62,14 +74,53 @@ class TensorPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearDerivation:
+    """What an adapter's own tensors say of a linear's derived entries: see ``loader.derivation``.
+
+    ``path`` is the linear's from the base model's root. ``magnitude``, of DoRA, and
+    ``trained_bias`` are ``[out]``, None where the adapter has none; ``base_has_bias`` says whether
+    the base's linear has one.
+    """
+
+    stage: int
+    module: str
+    path: str
+    scaling: float
+    magnitude: StoredTensor | None
+    trained_bias: StoredTensor | None
+    base_has_bias: bool
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether there is a row scale."""
+        return self.magnitude is not None
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether there is a bias, see ``ipc.image``."""
+        return self.trained_bias is not None or (self.scales_rows and self.base_has_bias)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that are read for it of the adapter's files."""
+        stored = (self.magnitude, self.trained_bias)
+        return sum(tensor.num_bytes for tensor in stored if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """All that reading an adapter takes; ``tensors`` are in the order of the image's bytes."""
+    """All that reading an adapter takes; ``tensors`` are in the order of the image's bytes.
+
+    ``derivations`` are those of the linears that have derived entries. Their values, float32, lie
+    one behind the other, in the order of the image, in a file of their own behind the adapter's.
+    """
 
     format: str
     modules: tuple[AdapterModule, ...]
     layout: ImageLayout
     dtype: DType
     tensors: tuple[TensorPlan, ...]
+    derivations: tuple[LinearDerivation, ...] = ()
 
     @property
     def max_rank(self) -> int:
@@ -77,5 +128,6 @@ class AdapterPlan:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes that are read of the files' tensors."""
-        return sum(tensor.file_bytes for tensor in self.tensors)
+        """Bytes that are read of the adapter's own files' tensors."""
+        of_derived = sum(derivation.file_bytes for derivation in self.derivations)
+        return of_derived + sum(each.file_bytes for each in self.tensors if not each.is_derived)

@@ -32,11 +32,11 @@ import numpy as np
 
 from ipc.errors import AdapterInvalid
 from loader import strict_json
+from loader.floats import FLOAT_DTYPES
 from loader.native.runs import FILE_FORMATS, TILE_VALUES, Format
 from loader.nf4 import NF4_VALUES
 from loader.safetensors_header import TensorDType
 from loader.scales import (
-    FLOAT_DTYPES,
     NestedScales,
     PackedZeros,
     PlainScales,

@@ -14,19 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.errors import AdapterInvalid
+from loader.floats import FLOAT_DTYPES, Floats, widen
 from loader.safetensors_header import FileTensor, TensorDType
 from loader.strict_json import shorten
 
-Floats = NDArray[np.float32]
-
-_NUMPY: dict[TensorDType, np.dtype[Any]] = {
-    TensorDType.F32: np.dtype("<f4"),
-    TensorDType.F16: np.dtype("<f2"),
+_WHOLE_NUMBERS: dict[TensorDType, np.dtype[Any]] = {
     TensorDType.I8: np.dtype("i1"),
     TensorDType.U8: np.dtype("u1"),
 }
 _MAX_TOLD_BYTES = 1 << 16
-FLOAT_DTYPES = (TensorDType.F32, TensorDType.F16, TensorDType.BF16)
 
 
 def read_all(fd: int, offset: int, num_bytes: int, name: str) -> bytes:
@@ -74,11 +70,10 @@ class StoredTensor:
     def read_floats(self, fds: Sequence[int]) -> Floats:
         """Its values, flat, exactly; raises as ``read``, and if one is not finite."""
         payload, dtype = self.read(fds), self.tensor.dtype
-        if dtype is TensorDType.BF16:
-            halves = np.frombuffer(payload, "<u2").astype(np.uint32)
-            values: Floats = (halves << np.uint32(16)).view(np.float32)
+        if dtype in FLOAT_DTYPES:
+            values = widen(payload, dtype)
         else:
-            stored: NDArray[Any] = np.frombuffer(payload, _NUMPY[dtype])
+            stored: NDArray[Any] = np.frombuffer(payload, _WHOLE_NUMBERS[dtype])
             values = stored.astype(np.float32)
         if not np.isfinite(values).all():
             raise AdapterInvalid(

@@ -6,8 +6,10 @@ threads that report back to it.
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, assert_never
 
 import zmq.asyncio
@@ -41,6 +43,8 @@ from loader.adapter_files import AdapterFolders
 from loader.blocks import Block
 from loader.config import LoaderConfig
 from loader.daemon_threads import DaemonThreads
+from loader.derived_store import DerivedStore, default_folder
+from loader.deriver import Deriver
 from loader.engine_link import EngineConnection, EngineLink, EngineLostError, attach_ring
 from loader.host_tier import SEGMENT_BYTES, HostTier
 from loader.inspector import Inspector, OpenAdapter
@@ -62,8 +66,9 @@ STOP_TIMEOUT_S = 1.0
 class LoaderService:
     """Constructing it takes the host tier's memory; ``run`` serves until it is told to stop.
 
-    ``before_block`` is called on a reading thread before each block of a file is read; ``attach``
-    maps an engine's ring.
+    ``before_block`` is called on a reading thread before each block of a file is read,
+    ``before_linear`` on a computing thread before each linear whose row scales are; ``attach`` maps
+    an engine's ring.
     """
 
     def __init__(
@@ -75,11 +80,13 @@ class LoaderService:
         attach: Callable[[RingGrant, int], RingTarget] = attach_ring,
         segment_bytes: int = SEGMENT_BYTES,
         recorder: Recorder = NO_TRACE,
+        before_linear: Callable[[str], None] | None = None,
     ) -> None:
         self._config = config
         self._epoch = epoch
         self._run_folder = run_folder
         self._before_block = before_block
+        self._before_linear = before_linear
         self._attach = attach
         self._trace = LoadTrace(recorder)
         if before_block is None and config.inject_read_delay_s > 0:
@@ -88,7 +95,11 @@ class LoaderService:
         self._tier = HostTier(config.host_tier_bytes, segment_bytes, closed=True)
         self._pinner: Pinner | None = None
         self._folders = AdapterFolders(config.adapter_roots, config.lora_dir)
-        self._inspector: Inspector | None = None
+        cache = config.row_scale_cache
+        self._store = DerivedStore(
+            default_folder() if cache is None else Path(cache), config.row_scale_cache_bytes
+        )
+        self._deriver: Deriver | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves one engine after the other until ``stop``; then ends in bounded time.
@@ -101,6 +112,8 @@ class LoaderService:
         self._loop.set_exception_handler(self._callback_failed)
         self._inspecting = DaemonThreads("inspect", NUM_INSPECT_THREADS, self._loop)
         self._opening = DaemonThreads("open", NUM_OPEN_THREADS, self._loop)
+        # Each adapter takes all cores: one after the other.
+        self._deriving = DaemonThreads("derive", 1, self._loop)
         self._stager = Stager(
             ended=lambda load: self._post(lambda: self._loads.load_ended(load)),
             trace=self._trace,
@@ -113,8 +126,9 @@ class LoaderService:
             before_block=self._before_block,
             trace=self._trace,
         )
-        self._loads = Loads(self._tier, self._reader, self._stager, self._open_files)
-        for part in (self._inspecting, self._opening, self._stager, self._reader):
+        self._loads = Loads(self._tier, self._reader, self._stager, self._open_files, self._derive)
+        parts = (self._inspecting, self._opening, self._deriving, self._stager, self._reader)
+        for part in parts:
             part.start()
         # Only reads have to wait for the compiler, while the engine is found and memory is pinned.
         compiling = asyncio.create_task(self._opening.call(BlockReader))
@@ -144,6 +158,7 @@ class LoaderService:
                 self._pinner.stop(STOP_TIMEOUT_S)
             self._inspecting.stop()
             self._opening.stop()
+            self._deriving.stop()
             context.destroy(linger=0)
         for ended in (serving, self._broken):
             if ended.done() and not ended.cancelled():
@@ -158,7 +173,7 @@ class LoaderService:
             except EngineLostError:
                 logger.info("the engine of epoch %d is gone", connection.engine_epoch)
             finally:
-                self._inspector = None
+                self._deriver = None
                 connection.close()
                 self._loads.detach()
 
@@ -183,33 +198,45 @@ class LoaderService:
         inspector = Inspector(
             self._folders, hello.base, hello.max_lora_rank, self._config.host_tier_bytes
         )
-        self._inspector = inspector
+        deriver = Deriver(
+            inspector,
+            None if hello.base_files is None else self._config.model,
+            self._store,
+            self._config.num_read_threads,
+            self._trace,
+            base_files=hello.base_files,
+            before_linear=self._before_linear,
+        )
+        self._deriver = deriver
         self._loads.attach(
-            hello.base,
+            hello,
             connection.target,
             lambda body: self._post(lambda: connection.send(body)),
         )
         while True:
-            self._hear(await connection.receive(), connection, inspector)
+            self._hear(await connection.receive(), connection, inspector, deriver)
 
     def _hear(
         self,
         message: EngineToLoader | ChunkReleased,
         connection: EngineConnection,
         inspector: Inspector,
+        deriver: Deriver,
     ) -> None:
         match message:
             case Inspect(call_id, adapter_id, path):
                 self._answer(
                     connection,
                     call_id,
-                    lambda: Inspected(call_id, inspector.inspect(adapter_id, path)),
+                    lambda: Inspected(call_id, deriver.check(inspector.inspect(adapter_id, path))),
                 )
             case InspectFolder(call_id, adapter_id, name):
                 self._answer(
                     connection,
                     call_id,
-                    lambda: Inspected(call_id, inspector.inspect_name(adapter_id, name)),
+                    lambda: Inspected(
+                        call_id, deriver.check(inspector.inspect_name(adapter_id, name))
+                    ),
                 )
             case ListFolder(call_id):
                 self._answer(
@@ -245,9 +272,17 @@ class LoaderService:
     def _open_files(
         self, source: AdapterSource, opened: Callable[[OpenAdapter | SidestreamError], None]
     ) -> None:
-        inspector = self._inspector
-        assert inspector is not None
-        self._opening.submit(lambda: inspector.open(source), opened)
+        deriver = self._deriver
+        assert deriver is not None
+        self._opening.submit(lambda: deriver.open(source), opened)
+
+    def _derive(
+        self, source: AdapterSource, derived: Callable[[OpenAdapter | SidestreamError], None]
+    ) -> Callable[[], None]:
+        deriver, cancelled = self._deriver, threading.Event()
+        assert deriver is not None
+        self._deriving.submit(lambda: deriver.complete(source, cancelled), derived)
+        return cancelled.set
 
     def _post(self, call: Callable[[], None]) -> None:
         """Runs ``call`` on the loop, in the order of posting; from any thread."""

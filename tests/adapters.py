@@ -6,7 +6,7 @@ torch's casts, so that the two can be compared.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,9 @@ def base_model(
     num_kv_heads: int = 2,
     intermediate_size: int = 96,
     dtype: DType = DType.FLOAT32,
+    biased: Container[str] = (),
 ) -> BaseModel:
-    """A small Llama's shape; all linears of one decoder layer."""
+    """A small Llama's shape; all linears of one decoder layer, the ``biased`` with a bias."""
     kv_size = hidden_size // num_heads * num_kv_heads
     sizes = {
         "q_proj": (hidden_size, hidden_size),
@@ -62,7 +63,9 @@ def base_model(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         dtype=dtype,
-        linears=tuple(LinearShape(name, _PATHS[name], *sizes[name]) for name in ALL_MODULES),
+        linears=tuple(
+            LinearShape(name, _PATHS[name], *sizes[name], name in biased) for name in ALL_MODULES
+        ),
     )
 
 

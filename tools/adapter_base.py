@@ -11,6 +11,7 @@ from ipc.errors import InvalidRequest
 from ipc.image import EntryKind
 from loader.adapter_files import AdapterFolders
 from loader.peft_adapter import gather
+from loader.peft_extras import Extras
 from loader.peft_files import TensorFile, find_files, is_gguf
 from loader.quantized import ReadSmall, encoding_of
 from loader.safetensors_header import parse_header, read_header
@@ -42,7 +43,7 @@ def base_of_adapter(folders: AdapterFolders, path: str, dtype: DType | None) -> 
     """The base that the tensors of the PEFT folder at ``path`` would fit, as far as they tell.
 
     It has as many layers as they name, and linear layers of the first sizes that they give; one
-    that has no tensors is of size 1.
+    that has no tensors is of size 1. Only those have a bias for which the adapter brings one.
 
     Raises:
         SidestreamError: the files can not be found or read.
@@ -69,7 +70,9 @@ def base_of_tensors(files: Sequence[TensorFile], dtype: DType | None, read: Read
     in_features: dict[str, int] = {}
     out_features: dict[str, int] = {}
     num_layers = 1
-    parts, _ = gather(files)
+    parts, others = gather(files)
+    extras, _ = Extras.gather(others)
+    biased = {match[2] for path in extras.biases if (match := _LINEAR.fullmatch(path))}
     for (path, kind), of_tensor in parts.items():
         match = _LINEAR.fullmatch(path)
         if match is None:
@@ -89,7 +92,9 @@ def base_of_tensors(files: Sequence[TensorFile], dtype: DType | None, read: Read
         num_kv_heads=1,
         dtype=dtype or DEFAULT_DTYPE,
         linears=tuple(
-            LinearShape(name, path, in_features.get(name, 1), out_features.get(name, 1))
+            LinearShape(
+                name, path, in_features.get(name, 1), out_features.get(name, 1), name in biased
+            )
             for name, path in _PATHS.items()
         ),
     )

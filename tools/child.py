@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -28,6 +29,7 @@ class ChildSpec:
 
     ``argv`` is run as it is; the process finds this project's packages whatever folder it is
     run from. ``pass_fds`` stay the caller's, and open as long as the child may be started.
+    ``environment`` is added to the caller's.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ChildSpec:
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 10.0
     pass_fds: tuple[int, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Child:
@@ -187,6 +190,7 @@ def _spawn(spec: ChildSpec, document: bytes, ready_fd: int) -> "subprocess.Popen
                 "PYTHONPATH": f"{_PROJECT_FOLDER}{os.pathsep}{path}" if path else _PROJECT_FOLDER,
                 # A folder called ``api`` where the user happens to be is not ours.
                 "PYTHONSAFEPATH": "1",
+                **spec.environment,
             },
             # Out of the terminal's foreground group: a Ctrl-C reaches us alone.
             process_group=0,

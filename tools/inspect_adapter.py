@@ -1,7 +1,8 @@
 """``sidestream adapters inspect``: what a server would make of an adapter, without a server."""
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -12,16 +13,21 @@ from rich.table import Table
 from ipc.base_model import LINEAR_MODULES, BaseModel, DType
 from ipc.image import align, layout_image
 from ipc.messages import AdapterId, AdapterSource, Manifest
+from ipc.trace import NO_TRACE
 from loader.adapter_files import AdapterFolders
+from loader.config import LoaderConfig
+from loader.derived_store import DerivedStore, default_folder
+from loader.deriver import Deriver
 from loader.inspector import Inspector
+from loader.load_trace import LoadTrace
 from loader.plan import AdapterPlan
 from tools.adapter_base import DEFAULT_DTYPE, base_of_adapter, base_of_model
 from tools.options.adapters import ADAPTERS
 from tools.values import choices, parse_choice
 
-_MAX_LORA_RANK, _HOST_TIER_MEMORY = (
+_MAX_LORA_RANK, _HOST_TIER_MEMORY, _ROW_SCALE_CACHE = (
     next(option for option in ADAPTERS if option.flag == flag)
-    for flag in ("--max-lora-rank", "--host-tier-memory")
+    for flag in ("--max-lora-rank", "--host-tier-memory", "--row-scale-cache")
 )
 
 
@@ -37,6 +43,16 @@ class ModuleRow:
     rank: int
     scaling: float
     pool_bytes: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a manifest does not say: the base's folder if one was given, how the adapter's tensors
+    are written (see ``encodings``), and ``further`` lines by what they are about."""
+
+    model: Path | None
+    written: str
+    further: Mapping[str, str] = field(default_factory=dict)
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +77,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         help="What the model computes in (default: the model's own dtype, without a model"
         f" {DEFAULT_DTYPE.value}).",
     )
-    for option in (_MAX_LORA_RANK, _HOST_TIER_MEMORY):
+    for option in (_MAX_LORA_RANK, _HOST_TIER_MEMORY, _ROW_SCALE_CACHE):
         parser.add_argument(option.flag, **option.argparse_keywords)
 
 
@@ -84,10 +100,33 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
     )
     inspector = Inspector(folders, base, max_lora_rank, host_tier_bytes)
     manifest = inspector.inspect(AdapterId(0), path)
-    adapter = inspector.open(AdapterSource(manifest.path, manifest.generation))
+    source = AdapterSource(manifest.path, manifest.generation)
+    adapter = inspector.open(source)
     adapter.files.close()
-    print_manifest(manifest, base, arguments.model, encodings(adapter.plan), console)
+    further = {}
+    if any(module.row_scale for module in manifest.modules):
+        cache = getattr(arguments, _ROW_SCALE_CACHE.dest, _ROW_SCALE_CACHE.default)
+        further["row scales"] = _row_scales(inspector, source, arguments.model, cache)
+    if num_biases := sum(module.bias for module in manifest.modules):
+        further["biases"] = f"of {num_biases} modules"
+    facts = Facts(arguments.model, encodings(adapter.plan), further)
+    print_manifest(manifest, base, facts, console)
     return 0
+
+
+def _row_scales(
+    inspector: Inspector, source: AdapterSource, model: Path | None, cache: str | None
+) -> str:
+    """Whether a server would have to compute them."""
+    if model is None:
+        return "computed with the base model's weights; --model tells whether they are"
+    folder = default_folder() if cache is None else Path(cache)
+    store = DerivedStore(folder, LoaderConfig().row_scale_cache_bytes)
+    adapter = Deriver(inspector, str(model), store, 1, LoadTrace(NO_TRACE)).open(source)
+    adapter.files.close()
+    if adapter.is_complete:
+        return f"ready, in {folder}"
+    return "pending: computed with the base model's weights when the adapter is first wanted"
 
 
 def encodings(plan: AdapterPlan) -> str:
@@ -95,6 +134,7 @@ def encodings(plan: AdapterPlan) -> str:
     found = {
         tensor.format.name.lower() + ("" if tensor.scales is None else " with scales")
         for tensor in plan.tensors
+        if tensor.rows and not tensor.is_derived
     }
     return ", ".join(sorted(found))
 
@@ -121,30 +161,26 @@ def module_rows(manifest: Manifest, base: BaseModel) -> list[ModuleRow]:
     return rows
 
 
-def print_manifest(
-    manifest: Manifest, base: BaseModel, model: Path | None, written: str, console: Console
-) -> None:
-    """Prints what the adapter is, then a row for each kind of module.
-
-    ``model`` names the base; ``written`` is how the tensors are, see ``encodings``.
-    """
+def print_manifest(manifest: Manifest, base: BaseModel, facts: Facts, console: Console) -> None:
+    """Prints what the adapter is, then a row for each kind of module."""
     rows = module_rows(manifest, base)
-    facts = Table(box=None, pad_edge=False, show_header=False)
-    facts.add_column("")
-    facts.add_column("", overflow="fold")
-    of_base = "as its tensors tell; --model checks it" if model is None else str(model)
+    lines = Table(box=None, pad_edge=False, show_header=False)
+    lines.add_column("")
+    lines.add_column("", overflow="fold")
+    of_base = "as its tensors tell; --model checks it" if facts.model is None else str(facts.model)
     ranks = sorted({row.rank for row in rows})
     for name, value in (
         ("adapter", manifest.path),
-        ("format", f"{manifest.format}, {written}"),
+        ("format", f"{manifest.format}, {facts.written}"),
         ("base", f"{base.num_layers} layers, {of_base}"),
         ("modules", str(len(manifest.modules))),
         ("ranks", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"),
         ("on disk", f"{format_bytes(manifest.file_bytes)} of tensors"),
         ("in the pool", f"{format_bytes(manifest.image_bytes)} in {base.dtype.value}"),
+        *facts.further.items(),
     ):
-        facts.add_row(name, escape(value))
-    console.print(facts)
+        lines.add_row(name, escape(value))
+    console.print(lines)
     console.print()
     table = Table(box=None, pad_edge=False)
     table.add_column("module")

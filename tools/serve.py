@@ -32,6 +32,8 @@ from tools.values import parse_name_and_path
 _API_STOP_S = 5.0
 _ENGINE_STOP_S = 10.0
 _LOADER_STOP_S = 5.0
+# The loader's own threads, which step back for others, share its work: numpy's would not step back.
+_ONE_THREAD_FOR_A_PRODUCT = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def plan_server(arguments: argparse.Namespace) -> ServePlan:
             loader=LoaderConfig(
                 adapter_roots=tuple(allowed),
                 lora_dir=str(lora_dir) if lora_dir else None,
+                model=str(model),
                 trace=supervisor.trace,
                 **given_values(arguments, LoaderConfig),
             ),
@@ -154,8 +157,9 @@ def server_spec(plan: ServePlan) -> ServerSpec:
     def child(name: str, config: msgspec.Struct, stop_s: float) -> ChildSpec:
         return ChildSpec(name, (sys.executable, "-m", name), config, start_s, stop_s)
 
+    loader = child("loader", plan.loader, _LOADER_STOP_S)
     return ServerSpec(
-        loader=child("loader", plan.loader, _LOADER_STOP_S),
+        loader=replace(loader, environment=_ONE_THREAD_FOR_A_PRODUCT),
         engine=child("engine", plan.engine, _ENGINE_STOP_S),
         api=child("api", plan.api, plan.api.drain_s + _API_STOP_S),
     )

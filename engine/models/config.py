@@ -98,18 +98,19 @@ class ModelConfig:
     def base_model(self, dtype: DType) -> BaseModel:
         """What the loader is told; ``dtype`` is the one the engine computes in."""
         shapes = {
-            "q_proj": ("self_attn", self.hidden_size, self.query_size),
-            "k_proj": ("self_attn", self.hidden_size, self.kv_size),
-            "v_proj": ("self_attn", self.hidden_size, self.kv_size),
-            "o_proj": ("self_attn", self.query_size, self.hidden_size),
-            "gate_proj": ("mlp", self.hidden_size, self.intermediate_size),
-            "up_proj": ("mlp", self.hidden_size, self.intermediate_size),
-            "down_proj": ("mlp", self.intermediate_size, self.hidden_size),
+            "q_proj": ("self_attn", self.hidden_size, self.query_size, self.qkv_bias),
+            "k_proj": ("self_attn", self.hidden_size, self.kv_size, self.qkv_bias),
+            "v_proj": ("self_attn", self.hidden_size, self.kv_size, self.qkv_bias),
+            "o_proj": ("self_attn", self.query_size, self.hidden_size, self.o_bias),
+            "gate_proj": ("mlp", self.hidden_size, self.intermediate_size, self.mlp_bias),
+            "up_proj": ("mlp", self.hidden_size, self.intermediate_size, self.mlp_bias),
+            "down_proj": ("mlp", self.intermediate_size, self.hidden_size, self.mlp_bias),
         }
         linears = []
         for name in LINEAR_MODULES:
-            parent, in_features, out_features = shapes[name]
-            linears.append(LinearShape(name, f"{parent}.{name}", in_features, out_features))
+            parent, in_features, out_features, has_bias = shapes[name]
+            path = f"{parent}.{name}"
+            linears.append(LinearShape(name, path, in_features, out_features, has_bias))
         return BaseModel(
             architecture=self.architecture,
             num_layers=self.num_layers,

@@ -18,6 +18,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from ipc.base_model import DType
 from ipc.errors import InvalidRequest
+from ipc.messages import FileIdentity
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -43,6 +44,21 @@ def load_model(config: ModelConfig, folder: Path, dtype: DType, device: Device) 
     read_weights(folder, decoder.checkpoint_tensors(), decoder.checkpoint_aliases())
     device.synchronize()
     return decoder
+
+
+def checkpoint_identities(folder: Path) -> tuple[FileIdentity, ...]:
+    """What the system says of the checkpoint's files, in order of their names.
+
+    Raises:
+        InvalidRequest: a file is missing.
+    """
+    identities = []
+    for path in _checkpoint_files(folder):
+        name, status = str(path.relative_to(folder)), path.stat()
+        identities.append(
+            FileIdentity(name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        )
+    return tuple(identities)
 
 
 def read_weights(folder: Path, into: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:

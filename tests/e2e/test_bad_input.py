@@ -115,7 +115,7 @@ def test_a_pickled_adapter_is_refused_by_name(server: Server, adapter: Path) -> 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("use_dora", True), ("bias", "some"), ("modules_to_save", ["lm_head"]), ("lora_bias", True)],
+    [("use_qalora", True), ("bias", "some"), ("modules_to_save", ["lm_head"]), ("lora_bias", True)],
 )
 def test_a_field_that_would_change_the_answer_is_refused_by_name(
     server: Server, adapter: Path, field: str, value: object

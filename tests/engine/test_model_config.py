@@ -114,6 +114,29 @@ def test_biases_and_head_norms_are_those_of_the_family(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("architecture", "biased"),
+    [
+        ("LlamaForCausalLM", LINEAR_MODULES),
+        ("MistralForCausalLM", ()),
+        ("Qwen2ForCausalLM", ("q_proj", "k_proj", "v_proj")),
+        ("Qwen3ForCausalLM", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ],
+)
+def test_the_loader_is_told_which_linears_have_a_bias(
+    tmp_path: Path, architecture: str, biased: tuple[str, ...]
+) -> None:
+    config = read(
+        tmp_path,
+        architectures=[architecture],
+        attention_bias=True,
+        mlp_bias=True,
+        sliding_window=None,
+    )
+    base = config.base_model(DType.FLOAT32)
+    assert tuple(shape.name for shape in base.linears if shape.has_bias) == biased
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING | {"rope_type": "llama3"}},

@@ -1,6 +1,7 @@
 """Files that PEFT writes, read by the loader, give the logits that PEFT gives, field by field."""
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,14 @@ import torch
 from engine.config import DeviceKind
 from engine.device import open_device
 from ipc.base_model import BaseModel
-from ipc.errors import AdapterInvalid
 from ipc.image import EntryKind, layout_image
 from ipc.messages import AdapterId, Manifest
-from loader.adapter_files import AdapterFolders
-from loader.inspector import Inspector
 from tests.adapters import make_old
 from tests.engine.lora_images import LoraImage, make_image
 from tests.engine.rig import Rig
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, Oracle
-from tests.loader.images import HOST_TIER_BYTES, read_image
+from tests.loader.dora import deriver_of
+from tests.loader.images import read_open, source_of
 
 TOLERANCE = 1e-4
 CLEARLY = 0.05
@@ -48,16 +47,35 @@ FIELDS: dict[str, dict[str, Any]] = {
         "layers_pattern": ["h", "layers"],
     },
     "bias": {"bias": "all"},
+    "bias, of other modules": {"bias": "all", "target_modules": ["k_proj", "down_proj"]},
+    "bias, of targeted modules": {"bias": "lora_only", "target_modules": ["k_proj", "down_proj"]},
+    "use_dora": {"use_dora": True},
+    "use_dora and use_rslora": {"use_dora": True, "use_rslora": True, "r": 5, "lora_alpha": 6},
+    "use_dora and both patterns": {
+        "use_dora": True,
+        "rank_pattern": {"o_proj": 2, "1.mlp.up_proj": 12},
+        "alpha_pattern": {"[ou]p?_proj": 3},
+    },
+    "use_dora of some modules": {
+        "use_dora": True,
+        "target_modules": r".*\.1\.(self_attn\.[kv]|mlp\.up)_proj",
+    },
+    "use_dora and bias": {"use_dora": True, "bias": "lora_only"},
+    "use_dora and bias of other modules": {
+        "use_dora": True,
+        "bias": "all",
+        "target_modules": ["v_proj", "o_proj"],
+    },
 }
 
 
 def inspect(folder: Path, base: BaseModel) -> tuple[Manifest, bytes]:
     """The manifest and the image of the adapter that was saved in ``folder``."""
     make_old(folder / NAME)
-    folders = AdapterFolders([str(folder)], None)
-    inspector = Inspector(folders, base, 64, HOST_TIER_BYTES)
+    inspector, deriver = deriver_of(folder, base)
     manifest = inspector.inspect(AdapterId(1), str(folder / NAME))
-    return manifest, read_image(inspector, manifest)
+    adapter = deriver.complete(source_of(manifest), threading.Event())
+    return manifest, read_open(adapter, manifest)
 
 
 def image_of(base: BaseModel, manifest: Manifest, payload: bytes) -> LoraImage:
@@ -78,7 +96,11 @@ def image_of(base: BaseModel, manifest: Manifest, payload: bytes) -> LoraImage:
         )
         for place, each in factors.items()
     }
-    return make_image(base, list(manifest.modules), pairs)
+    row_scales, biases = (
+        {place: each[kind].flatten() for place, each in factors.items() if kind in each}
+        for kind in (EntryKind.ROW_SCALE, EntryKind.BIAS)
+    )
+    return make_image(base, list(manifest.modules), pairs, row_scales, biases)
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -88,11 +110,6 @@ def test_a_file_of_peft_gives_pefts_logits(family: str, field: str, tmp_path: Pa
     oracle = Oracle(family, tmp_path / "base", {NAME: fields})
     oracle.save_adapters(tmp_path)
     rig = Rig(tmp_path / "base", open_device(DeviceKind.CPU))
-    if field == "bias" and family == "qwen2":
-        # Its attention has biases, so that PEFT stores them.
-        with pytest.raises(AdapterInvalid, match="trained biases can not be served"):
-            inspect(tmp_path, rig.base)
-        return
     adapter_id = rig.install(1, image_of(rig.base, *inspect(tmp_path, rig.base)))
     source = random.Random(field)
     token_ids = [source.randrange(VOCAB_SIZE) for _ in range(23)]

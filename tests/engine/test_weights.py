@@ -12,9 +12,10 @@ from torch import Tensor
 from engine.device import CpuDevice
 from engine.models.config import ModelConfig, Rope
 from engine.models.decoder import Decoder
-from engine.models.weights import load_model
+from engine.models.weights import checkpoint_identities, load_model
 from ipc.base_model import DType
 from ipc.errors import InvalidRequest
+from loader.base_weights import BaseWeights
 
 
 def config(tied: bool = False) -> ModelConfig:
@@ -172,3 +173,22 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(InvalidRequest, match=r"expected model\.safetensors or .*, got neither"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_the_loader_finds_the_files_that_were_read(tmp_path: Path, num_shards: int) -> None:
+    values = checkpoint()
+    names = sorted(values)
+    weight_map: dict[str, str] = {}
+    for index in range(num_shards):
+        name = "model.safetensors" if num_shards == 1 else f"{9 - index}.safetensors"
+        of_shard = names[index::num_shards]
+        save_file({name: values[name] for name in of_shard}, tmp_path / name)
+        weight_map |= dict.fromkeys(of_shard, name)
+    if num_shards > 1:
+        index_text = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (tmp_path / "model.safetensors.index.json").write_text(index_text)
+    found = BaseWeights(str(tmp_path), DType.FLOAT32)
+    found.close()
+    assert found.identities == checkpoint_identities(tmp_path)
+    assert len(found.identities) == num_shards

@@ -148,4 +148,7 @@ def _with_adapters(model: torch.nn.Module, adapters: dict[str, dict[str, Any]]) 
             if "magnitude" in name:
                 # Untrained, they scale nothing.
                 parameter.mul_(torch.rand(parameter.shape) + 0.5)
+            elif parameter.requires_grad and name.endswith(".bias"):
+                # As ``bias`` says which are trained.
+                parameter.add_(torch.randn(parameter.shape) * 0.5)
     return adapted.eval()

@@ -3,16 +3,25 @@
 from ipc.messages import AdapterSource, Manifest
 from loader.blocks import cut
 from loader.host_tier import HostTier
-from loader.inspector import Inspector
+from loader.inspector import Inspector, OpenAdapter
 from loader.shared_blocks import BlockReader, SharedBlocks
 
 HOST_TIER_BYTES = 1 << 22
 _BLOCK_BYTES = 10_000
 
 
+def source_of(manifest: Manifest) -> AdapterSource:
+    """What the engine would ask for, once it has the manifest."""
+    return AdapterSource(manifest.path, manifest.generation)
+
+
 def read_image(inspector: Inspector, manifest: Manifest) -> bytes:
     """The image of the adapter that ``inspector`` has inspected."""
-    adapter = inspector.open(AdapterSource(manifest.path, manifest.generation))
+    return read_open(inspector.open(source_of(manifest)), manifest)
+
+
+def read_open(adapter: OpenAdapter, manifest: Manifest) -> bytes:
+    """The image of an adapter that was opened; closes its files."""
     try:
         image = HostTier(HOST_TIER_BYTES).reserve(manifest.generation, adapter.plan.layout, [])
         assert image is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ipc.endpoints import RunFolder
+from ipc.messages import FileIdentity
 from loader.blocks import Block
 from tests.adapters import base_model, image_bytes, write_adapter
 from tests.loader.scripted_engine import ScriptedEngine, serving
@@ -50,11 +51,15 @@ async def connected(
     folder: Path,
     *,
     chunk_bytes: int = 4096,
+    base_files: tuple[FileIdentity, ...] | None = None,
     **options: Any,
 ) -> AsyncIterator[ScriptedEngine]:
     """An engine and a loader that have met; adapters lie in ``folder``."""
     async with serving(RunFolder(folder), folder / "adapters", **options):
-        with ended(ScriptedEngine(RunFolder(folder), BASE, chunk_bytes=chunk_bytes)) as engine:
+        made = ScriptedEngine(
+            RunFolder(folder), BASE, chunk_bytes=chunk_bytes, base_files=base_files
+        )
+        with ended(made) as engine:
             await engine.meet()
             yield engine
 

@@ -25,6 +25,7 @@ from ipc.messages import (
     EngineHello,
     EngineToLoader,
     Epoch,
+    FileIdentity,
     FromEngine,
     FromLoader,
     HostTierChanged,
@@ -70,9 +71,11 @@ class ScriptedEngine:
         num_chunks: int = 2,
         chunk_bytes: int = 4096,
         ring_kind: RingKind = RingKind.HOST,
+        base_files: tuple[FileIdentity, ...] | None = None,
     ) -> None:
         self.epoch = Epoch(epoch)
         self.base = base
+        self.base_files = base_files
         self.resident: set[AdapterId] = set()
         self.ring = HostRing.create(num_chunks, chunk_bytes)
         self._kind = ring_kind
@@ -104,7 +107,7 @@ class ScriptedEngine:
         """Waits for the loader's hello and answers it."""
         self.peer, hello = await self._receive()
         assert isinstance(hello, LoaderHello)
-        self.send(EngineHello(self.base, max_lora_rank=64))
+        self.send(EngineHello(self.base, 64, self.base_files))
         return hello
 
     async def meet(self) -> LoaderHello:
@@ -247,6 +250,8 @@ async def serving(
     host_tier_bytes: int = 1 << 20,
     read_block_bytes: int = 4 << 20,
     num_read_threads: int = 2,
+    model: str | None = None,
+    row_scale_cache: str | None = None,
     before_block: Callable[[Block], None] | None = None,
     **options: Any,
 ) -> AsyncIterator[LoaderService]:
@@ -255,6 +260,8 @@ async def serving(
         host_tier_bytes=host_tier_bytes,
         adapter_roots=(str(roots),),
         lora_dir=str(roots),
+        model=model,
+        row_scale_cache=row_scale_cache,
         num_read_threads=num_read_threads,
         read_block_bytes=read_block_bytes,
     )

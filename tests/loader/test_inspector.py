@@ -117,15 +117,6 @@ def test_adapter_of_some_layers_has_empty_stages_elsewhere(tmp_path: Path) -> No
             "is of an embedding's pair, which can not be served",
         ),
         ({"base_model.model.lm_head.weight": zeros(1)}, "is of the output head, which can not be"),
-        (
-            {A_OF_Q.replace("lora_A.weight", "lora_magnitude_vector"): zeros(64)},
-            "is of DoRA, which can not be served",
-        ),
-        (
-            {A_OF_Q.replace("lora_A.weight", "base_layer.bias"): zeros(64)},
-            "bias is 'none', and adapter_model.safetensors holds the bias 'base_model.model.model."
-            "layers.1.self_attn.q_proj.base_layer.bias': trained biases can not be served",
-        ),
         ({f"{A_OF_Q}.absmax": zeros(64)}, "is of no format that can be served beside weight"),
     ],
 )
@@ -352,7 +343,7 @@ def test_opening_refuses_a_header_of_another_digest(tmp_path: Path) -> None:
 
 def test_no_descriptor_is_left_open_whatever_is_refused(tmp_path: Path) -> None:
     write_adapter(tmp_path / "good", BASE)
-    bad = write_folder(tmp_path / "bad", random_tensors(BASE), config_fields(use_dora=True))
+    bad = write_folder(tmp_path / "bad", random_tensors(BASE), config_fields(use_qalora=True))
     manifest = inspect(tmp_path / "good")
     before = os.listdir("/proc/self/fd")
     os.utime(tmp_path / "good/adapter_config.json")

@@ -149,7 +149,7 @@ def test_all_linear_targets_every_linear_layer() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True}, "use_dora is True, expected null, false or empty: DoRA can not be"),
+        ({"use_dora": "yes"}, "use_dora is 'yes', expected None or False or True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], expected null"),
         ({"bias": "some"}, "bias is 'some', expected None or 'none' or 'all' or 'lora_only'"),
         ({"fan_in_fan_out": 1}, "fan_in_fan_out is 1, expected None or False or True"),

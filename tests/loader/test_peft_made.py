@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from ipc.base_model import LINEAR_GROUPS, BaseModel, DType
-from ipc.errors import AdapterInvalid
 from ipc.messages import AdapterId, Manifest
 from loader.adapter_files import AdapterFolders
 from loader.inspector import Inspector
@@ -162,20 +161,3 @@ def test_fan_in_fan_out_has_no_effect_beside_linear_layers(config: Any, tmp_path
     make_old(tmp_path)
     _, image = inspect(tmp_path, DType.FLOAT32)
     assert image == image_of(adapted, DType.FLOAT32)
-
-
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_are_refused(tmp_path: Path, bias: str) -> None:
-    config = transformers.Qwen2Config(
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=96,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-    )
-    make(config, tmp_path, torch.float32, target_modules=["q_proj"], bias=bias)
-    with pytest.raises(AdapterInvalid) as caught:
-        inspect(tmp_path, DType.FLOAT32)
-    assert caught.value.param == "bias"
-    assert f"bias is {bias!r}, and adapter_model.safetensors holds the bias" in caught.value.message

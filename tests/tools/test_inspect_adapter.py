@@ -1,6 +1,7 @@
 """``sidestream adapters inspect`` says what a server would make of an adapter, and why not."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,13 @@ from tests.adapters import (
     write_folder,
 )
 from tests.e2e.test_quantized_adapters import requantize, write_gguf
+from tests.loader.dora import bias_name, deriver_of, write_dora
+from tests.loader.images import source_of
 from tests.loader.quantizers import row_scaled
-from tools.adapter_base import base_of_adapter
+from tools.adapter_base import base_of_adapter, base_of_model
 from tools.cli import main
 from tools.inspect_adapter import (
+    Facts,
     ModuleRow,
     format_bytes,
     format_ranges,
@@ -80,7 +84,7 @@ def test_modules_that_are_alike_are_one_row(adapter: Path) -> None:
 def test_the_table_fits_the_terminal_and_keeps_every_value(
     adapter: Path, width: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_manifest(manifest_of(adapter), BASE, None, "float32", Console(width=width))
+    print_manifest(manifest_of(adapter), BASE, Facts(None, "float32"), Console(width=width))
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= width for line in lines)
     assert str(adapter) in "".join(line[13:].strip() for line in lines[:4])
@@ -136,13 +140,44 @@ def test_the_pools_bytes_follow_the_dtype(
 def test_a_refused_adapter_is_one_line_and_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_folder(tmp_path / "a", random_tensors(BASE), config_fields(use_dora=True))
+    write_folder(tmp_path / "a", random_tensors(BASE), config_fields(use_qalora=True))
     status, output, error = inspect(capsys, tmp_path / "a")
     assert (status, output) == (1, "")
     assert error == (
-        "sidestream: adapter_config.json: use_dora is True, expected null, false or empty: DoRA"
-        " can not be served\n"
+        "sidestream: adapter_config.json: use_qalora is True, expected null, false or empty:"
+        " QALoRA can not be served\n"
     )
+
+
+def test_it_says_whether_row_scales_are_there(
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_of_model(tiny_model.base, DType.FLOAT32)
+    write_dora(tmp_path / "a", base)
+    options: list[str | Path] = ["--dtype", "float32", "--row-scale-cache", tmp_path / "cache"]
+    _, output, _ = inspect(capsys, tmp_path / "a", *options)
+    assert "row scales   computed with the base model's weights; --model tells" in output
+    options += ["--model", tiny_model.base]
+    _, output, _ = inspect(capsys, tmp_path / "a", *options)
+    assert "row scales   pending: computed with the base model's weights when" in output
+    inspector, deriver = deriver_of(tmp_path, base, model=str(tiny_model.base))
+    source = source_of(inspector.inspect(AdapterId(1), str(tmp_path / "a")))
+    deriver.complete(source, threading.Event()).files.close()
+    _, output, _ = inspect(capsys, tmp_path / "a", *options)
+    assert "row scales   ready, in " in output and "biases" not in output
+
+
+def test_trained_biases_are_told_also_without_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    biases = {
+        bias_name(layer, "q_proj"): StoredTensor.of(np.zeros(64, np.float32)) for layer in range(5)
+    }
+    fields = config_fields(bias="all")
+    write_folder(tmp_path / "a", random_tensors(BASE) | biases, fields)
+    status, output, _ = inspect(capsys, tmp_path / "a")
+    assert status == 0
+    assert "biases       of 5 modules" in output and "row scales" not in output
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def adapters(tmp_path: Path) -> Path:
 def test_without_options_every_default_is_the_configurations_own(model: Path) -> None:
     made = plan(model)
     assert made.engine == EngineConfig(model=str(model), served_model_name="llama")
-    assert made.loader == LoaderConfig()
+    assert made.loader == LoaderConfig(model=str(model))
     assert made.supervisor == SupervisorConfig()
     assert made.api == ApiConfig(
         model=str(model),
@@ -92,6 +92,8 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--staging-chunk-size", "64KiB", 64 << 10),
     ("--read-threads", "97", 97),
     ("--read-block-size", "1MiB", 1 << 20),
+    ("--row-scale-cache", "/rows", "/rows"),
+    ("--row-scale-cache-size", "3GB", 3 * 10**9),
     ("--catalog", "/catalog.json", "/catalog.json"),
     ("--log-level", "debug", LogLevel.DEBUG),
     ("--startup-timeout", "12", 12.0),
@@ -207,6 +209,12 @@ def test_the_api_may_drain_before_it_is_killed(model: Path) -> None:
     spec = server_spec(plan(model, "--drain-timeout", "20", "--startup-timeout", "7"))
     assert spec.api.stop_timeout_s > 20
     assert spec.engine.start_timeout_s == spec.loader.start_timeout_s == 7
+
+
+def test_the_loaders_products_take_no_threads_but_its_own(model: Path) -> None:
+    spec = server_spec(plan(model))
+    assert spec.loader.environment["OPENBLAS_NUM_THREADS"] == "1"
+    assert spec.engine.environment == spec.api.environment == {}
 
 
 def test_a_reserved_port_can_be_listened_at_again_and_again() -> None:

@@ -115,6 +115,23 @@ ADAPTERS: tuple[Option, ...] = (
         "How much of a file one read takes.",
     ),
     Option(
+        "--row-scale-cache",
+        LoaderConfig,
+        "row_scale_cache",
+        parse_path,
+        "DIR",
+        "Where row scales of DoRA adapters are kept, once they were computed (default:"
+        " ~/.cache/sidestream/row-scales).",
+    ),
+    Option(
+        "--row-scale-cache-size",
+        LoaderConfig,
+        "row_scale_cache_bytes",
+        parse_size,
+        "SIZE",
+        "How much of the disk they may take; the least recently used ones leave.",
+    ),
+    Option(
         "--catalog",
         EngineConfig,
         "catalog",
