@@ -34,6 +34,7 @@ from ipc.messages import (
     CallId,
     EngineToLoader,
     FolderNames,
+    Forget,
     HostTierChanged,
     Inspect,
     Inspected,
@@ -42,6 +43,7 @@ from ipc.messages import (
     Manifest,
     Residency,
 )
+from ipc.remote_path import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +61,14 @@ class AdapterDirectory:
         submit: Callable[[Command], None],
         has_folder: bool,
         timeout_s: float,
+        fetch_timeout_s: float,
     ) -> None:
         self._registry = registry
         self._link = link
         self._submit = submit
         self._has_folder = has_folder
         self._timeout_s = timeout_s
+        self._fetch_timeout_s = fetch_timeout_s
         self._loop = asyncio.get_running_loop()
         self._resolving: dict[str, asyncio.Task[AdapterId]] = {}
         self._in_host_tier: set[AdapterId] = set()
@@ -111,7 +115,7 @@ class AdapterDirectory:
         if adapter.manifest is not None:
             return adapter.adapter_id
         manifest = await self._inspect(
-            lambda call_id: Inspect(call_id, adapter.adapter_id, adapter.path)
+            lambda call_id: Inspect(call_id, adapter.adapter_id, adapter.path), adapter.path
         )
         await self._add(adapter.adapter_id, manifest, adapter.pinned, replaces=None)
         attached = self._registry.attach(adapter, manifest)
@@ -266,7 +270,7 @@ class AdapterDirectory:
         replaces: AdapterId | None,
     ) -> RegisteredAdapter:
         try:
-            manifest = await self._inspect(make)
+            manifest = await self._inspect(make, reservation.path)
             await self._add(reservation.adapter_id, manifest, reservation.pinned, replaces)
             try:
                 adapter, replaced = self._registry.confirm(reservation, manifest, int(time.time()))
@@ -275,6 +279,8 @@ class AdapterDirectory:
                 raise
         except BaseException:
             self._registry.cancel(reservation)
+            # It may have fetched files, for nobody.
+            self._link.send(Forget(reservation.adapter_id))
             raise
         if replaced is not None and replaced.manifest is not None:
             self._submit(RemoveAdapter(replaced.adapter_id))
@@ -287,8 +293,9 @@ class AdapterDirectory:
         )
         return adapter
 
-    async def _inspect(self, make: Callable[[CallId], EngineToLoader]) -> Manifest:
-        answer = await self._link.call(make, self._timeout_s)
+    async def _inspect(self, make: Callable[[CallId], EngineToLoader], path: str) -> Manifest:
+        timeout_s = self._timeout_s + (self._fetch_timeout_s if is_remote(path) else 0.0)
+        answer = await self._link.call(make, timeout_s)
         assert isinstance(answer, Inspected)
         return answer.manifest
 

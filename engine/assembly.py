@@ -157,6 +157,7 @@ class Engine:
             crossings.submit,
             config.lora_dir is not None,
             config.adapter_load_timeout_s,
+            config.adapter_fetch_timeout_s,
         )
         self.server = EngineServer(
             self._context,

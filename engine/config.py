@@ -86,6 +86,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     adapter_loading: AdapterLoading = AdapterLoading.LAYERWISE
     max_adapter_wait_s: float = 2.0
     adapter_load_timeout_s: float = 60.0
+    adapter_fetch_timeout_s: float = 1800.0
     adapter_cohorts: bool = True
     adapter_rotation: bool = True
     num_staging_chunks: int = 4

@@ -28,6 +28,9 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ``host_tier_bytes`` is the whole memory for adapter images, so it bounds each of them.
     ``inject_read_delay_s`` is for tests alone: every block of a file is held back that long
     before it is read, as a slow disk would; a small adapter is one block.
+    ``adapter_sources`` are prefixes of addresses on other machines where adapters may lie. They
+    are kept in the folder ``adapter_cache``, absolute, None for one below the user's own: at most
+    ``adapter_cache_bytes`` of them. Fetching one may take ``adapter_fetch_timeout_s``.
     Row scales that were computed are kept in the folder ``row_scale_cache``, absolute, None for
     one below the user's own; all together take ``row_scale_cache_bytes``.
     ``trace`` is the file that what happens is recorded in.
@@ -39,6 +42,10 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     model: str | None = None
     num_read_threads: int = default_read_threads()
     read_block_bytes: int = 8 * MiB
+    adapter_sources: tuple[str, ...] = ()
+    adapter_cache: str | None = None
+    adapter_cache_bytes: int = 64 * GiB
+    adapter_fetch_timeout_s: float = 1800.0
     row_scale_cache: str | None = None
     row_scale_cache_bytes: int = 2 * GiB
     inject_read_delay_s: float = 0.0
@@ -47,7 +54,7 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def __post_init__(self) -> None:
         for name in (
             *("host_tier_bytes", "num_read_threads", "read_block_bytes"),
-            "row_scale_cache_bytes",
+            *("row_scale_cache_bytes", "adapter_cache_bytes", "adapter_fetch_timeout_s"),
         ):
             value = getattr(self, name)
             if value <= 0:
@@ -59,6 +66,7 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             ("lora_dir", (self.lora_dir,)),
             ("model", (self.model,)),
             ("row_scale_cache", (self.row_scale_cache,)),
+            ("adapter_cache", (self.adapter_cache,)),
         ):
             for path in paths:
                 if path is not None and not os.path.isabs(path):

@@ -130,6 +130,11 @@ def _complete(folder: str, shards: Sequence[str], has_index: bool) -> Sequence[s
     return shards
 
 
+def is_shard_name(name: str) -> bool:
+    """Whether a shard of an adapter is called so."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
 def is_gguf(names: Sequence[str]) -> bool:
     """Whether these files of an adapter are one in GGUF."""
     return len(names) == 1 and names[0].endswith(GGUF_SUFFIX)

@@ -37,6 +37,7 @@ from ipc.messages import (
     Stage,
     Warm,
 )
+from ipc.remote_path import is_remote
 from ipc.ring_memory import RingTarget
 from ipc.trace import NO_TRACE, Recorder
 from loader.adapter_files import AdapterFolders
@@ -52,6 +53,8 @@ from loader.load_trace import LoadTrace
 from loader.loads import Loads
 from loader.pinning import Pinner
 from loader.reader import Reader
+from loader.remote.cache import AdapterCache, default_cache_folder
+from loader.remote.fetch import Fetcher
 from loader.shared_blocks import BlockReader
 from loader.stager import Stager
 
@@ -60,6 +63,7 @@ logger = logging.getLogger(__name__)
 # Inspections of a dead network disk must not hold up the others', nor the opening of files.
 NUM_INSPECT_THREADS = 4
 NUM_OPEN_THREADS = 4
+NUM_FETCH_THREADS = 4
 STOP_TIMEOUT_S = 1.0
 
 
@@ -94,7 +98,16 @@ class LoaderService:
         # Whether its memory has to be pinned first, an engine's ring will tell.
         self._tier = HostTier(config.host_tier_bytes, segment_bytes, closed=True)
         self._pinner: Pinner | None = None
-        self._folders = AdapterFolders(config.adapter_roots, config.lora_dir)
+        fetched = config.adapter_cache
+        adapter_cache = AdapterCache(
+            default_cache_folder() if fetched is None else Path(fetched),
+            config.adapter_cache_bytes,
+        )
+        self._fetcher = Fetcher(
+            adapter_cache, config.adapter_sources, config.adapter_fetch_timeout_s
+        )
+        roots = (*config.adapter_roots, str(adapter_cache.entries))
+        self._folders = AdapterFolders(roots, config.lora_dir)
         cache = config.row_scale_cache
         self._store = DerivedStore(
             default_folder() if cache is None else Path(cache), config.row_scale_cache_bytes
@@ -112,6 +125,7 @@ class LoaderService:
         self._loop.set_exception_handler(self._callback_failed)
         self._inspecting = DaemonThreads("inspect", NUM_INSPECT_THREADS, self._loop)
         self._opening = DaemonThreads("open", NUM_OPEN_THREADS, self._loop)
+        self._fetching = DaemonThreads("fetch", NUM_FETCH_THREADS, self._loop)
         # Each adapter takes all cores: one after the other.
         self._deriving = DaemonThreads("derive", 1, self._loop)
         self._stager = Stager(
@@ -127,8 +141,8 @@ class LoaderService:
             trace=self._trace,
         )
         self._loads = Loads(self._tier, self._reader, self._stager, self._open_files, self._derive)
-        parts = (self._inspecting, self._opening, self._deriving, self._stager, self._reader)
-        for part in parts:
+        calling = (self._inspecting, self._opening, self._fetching, self._deriving)
+        for part in (*calling, self._stager, self._reader):
             part.start()
         # Only reads have to wait for the compiler, while the engine is found and memory is pinned.
         compiling = asyncio.create_task(self._opening.call(BlockReader))
@@ -156,9 +170,8 @@ class LoaderService:
             self._stager.stop(STOP_TIMEOUT_S)
             if self._pinner is not None:
                 self._pinner.stop(STOP_TIMEOUT_S)
-            self._inspecting.stop()
-            self._opening.stop()
-            self._deriving.stop()
+            for threads in calling:
+                threads.stop()
             context.destroy(linger=0)
         for ended in (serving, self._broken):
             if ended.done() and not ended.cancelled():
@@ -224,6 +237,18 @@ class LoaderService:
         deriver: Deriver,
     ) -> None:
         match message:
+            case Inspect(call_id, adapter_id, path) if is_remote(path):
+                self._answer(
+                    connection,
+                    call_id,
+                    lambda: Inspected(
+                        call_id,
+                        deriver.check(
+                            inspector.inspect(adapter_id, self._fetcher.fetch(adapter_id, path))
+                        ),
+                    ),
+                    self._fetching,
+                )
             case Inspect(call_id, adapter_id, path):
                 self._answer(
                     connection,
@@ -254,27 +279,37 @@ class LoaderService:
                 self._stager.released(chunk)
             case Forget(adapter_id):
                 self._loads.forget(adapter_id)
+                self._fetcher.let_go(adapter_id)
             case EngineHello():
                 logger.warning("dropped a second hello of the engine")
             case _:
                 assert_never(message)
 
     def _answer(
-        self, connection: EngineConnection, call_id: CallId, work: Callable[[], LoaderToEngine]
+        self,
+        connection: EngineConnection,
+        call_id: CallId,
+        work: Callable[[], LoaderToEngine],
+        threads: DaemonThreads | None = None,
     ) -> None:
         def answer(result: LoaderToEngine | SidestreamError) -> None:
             if isinstance(result, SidestreamError):
                 result = LoaderCallFailed(call_id, result.info)
             connection.send(result)
 
-        self._inspecting.submit(work, answer)
+        (threads or self._inspecting).submit(work, answer)
 
     def _open_files(
         self, source: AdapterSource, opened: Callable[[OpenAdapter | SidestreamError], None]
     ) -> None:
         deriver = self._deriver
         assert deriver is not None
-        self._opening.submit(lambda: deriver.open(source), opened)
+
+        def open_held() -> OpenAdapter:
+            self._fetcher.reopen(source.generation.counter, source.path)
+            return deriver.open(source)
+
+        self._opening.submit(open_held, opened)
 
     def _derive(
         self, source: AdapterSource, derived: Callable[[OpenAdapter | SidestreamError], None]

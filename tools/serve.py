@@ -20,8 +20,10 @@ from engine.config import EngineConfig, StartAdapter
 from ipc import log
 from ipc.endpoints import RunFolder
 from ipc.errors import InvalidRequest, Unavailable
+from ipc.remote_path import is_remote
 from ipc.trace import create_trace
 from loader.config import LoaderConfig
+from loader.remote.address import SCHEMES, parse_address
 from tools.child import ChildSpec
 from tools.options.table import add_options, given_values
 from tools.supervisor import ServerSpec, Supervisor
@@ -82,7 +84,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=parse_name_and_path,
         metavar="NAME=PATH",
-        help="Serve the adapter in PATH, a folder or a GGUF file, as NAME. May be given again.",
+        help="Serve the adapter in PATH, a folder or a GGUF file, or at hf://owner/name[@revision],"
+        " s3://bucket/path or https://host/path, as NAME. May be given again.",
     )
     parser.add_argument(
         "--pin",
@@ -104,6 +107,14 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="Adapters below DIR may be loaded while the server runs. May be given again.",
     )
+    parser.add_argument(
+        "--adapter-source",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="Adapters at hf://, s3:// and https:// addresses below PREFIX may be loaded while the"
+        " server runs. May be given again.",
+    )
     add_options(parser)
 
 
@@ -119,23 +130,28 @@ def plan_server(arguments: argparse.Namespace) -> ServePlan:
     adapters = _start_adapters(arguments.lora, arguments.pin, lora_dir, name)
     roots = [_folder(root, "--adapter-root") for root in arguments.adapter_root]
     # ``dict`` keeps the order and drops what is named twice.
-    allowed = dict.fromkeys([*(adapter.path for adapter in adapters), *map(str, roots)])
+    paths = [adapter.path for adapter in adapters]
+    allowed = dict.fromkeys([*(path for path in paths if not is_remote(path)), *map(str, roots)])
+    sources = dict.fromkeys([*filter(is_remote, paths), *map(_source, arguments.adapter_source)])
     supervisor = SupervisorConfig(**given_values(arguments, SupervisorConfig))
     try:
+        loader = LoaderConfig(
+            adapter_roots=tuple(allowed),
+            adapter_sources=tuple(sources),
+            lora_dir=str(lora_dir) if lora_dir else None,
+            model=str(model),
+            trace=supervisor.trace,
+            **given_values(arguments, LoaderConfig),
+        )
         return ServePlan(
-            loader=LoaderConfig(
-                adapter_roots=tuple(allowed),
-                lora_dir=str(lora_dir) if lora_dir else None,
-                model=str(model),
-                trace=supervisor.trace,
-                **given_values(arguments, LoaderConfig),
-            ),
+            loader=loader,
             engine=EngineConfig(
                 model=str(model),
                 served_model_name=name,
                 adapters=adapters,
                 lora_dir=str(lora_dir) if lora_dir else None,
                 trace=supervisor.trace,
+                adapter_fetch_timeout_s=loader.adapter_fetch_timeout_s,
                 **given_values(arguments, EngineConfig),
             ),
             api=ApiConfig(
@@ -240,13 +256,38 @@ def _folder(text: str, argument: str) -> Path:
     return path
 
 
-def _adapter_path(text: str, argument: str) -> Path:
-    """A folder, or a GGUF file, absolute; the folders on its way are no symbolic links."""
+def _source(prefix: str) -> str:
+    """What addresses of adapters may begin with; a scheme alone allows all of it."""
+    if prefix.rstrip("/") in [f"{scheme}:" for scheme in SCHEMES]:
+        return f"{prefix.rstrip('/')}//"
+    try:
+        return str(parse_address(prefix)) if is_remote(prefix) else _refuse_source(prefix)
+    except InvalidRequest:
+        owner = prefix.removeprefix("hf://").strip("/")
+        # All repositories of an owner: one of them stands for what it may be called.
+        if not prefix.startswith("hf://") or "/" in owner:
+            raise
+        parse_address(f"hf://{owner}/any")
+        return f"hf://{owner}/"
+
+
+def _refuse_source(prefix: str) -> str:
+    raise InvalidRequest(
+        f"--adapter-source {prefix}: expected hf://, s3:// or https:// and what may stand behind;"
+        " for folders of this machine there is --adapter-root"
+    )
+
+
+def _adapter_path(text: str, argument: str) -> str:
+    """A folder, or a GGUF file, absolute; the folders on its way are no symbolic links. Or an
+    address on another machine."""
+    if is_remote(text):
+        return str(parse_address(text))
     path = Path(text)
     if path.suffix == ".gguf" and path.is_file():
         # What it is a link to may be called by a hash.
-        return path.parent.resolve() / path.name
-    return _folder(text, argument)
+        return str(path.parent.resolve() / path.name)
+    return str(_folder(text, argument))
 
 
 def _path_in(lora_dir: Path, name: str) -> Path | None:
@@ -267,7 +308,7 @@ def _start_adapters(
         if name in adapters:
             raise InvalidRequest(f"--lora {name}: this name was given twice")
         place = _adapter_path(path, f"--lora {name}")
-        adapters[name] = StartAdapter(name, str(place), pinned=name in pins)
+        adapters[name] = StartAdapter(name, place, pinned=name in pins)
     for name in pins:
         if name in adapters:
             continue

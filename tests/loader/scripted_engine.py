@@ -184,13 +184,13 @@ class ScriptedEngine:
         self.send(make(CallId(self._num_calls)))
         return await self.next()
 
-    async def inspect(self, adapter_id: int, path: Path) -> Manifest:
+    async def inspect(self, adapter_id: int, path: Path | str) -> Manifest:
         """The manifest of an adapter that is as it should be."""
         answer = await self.call(lambda call: Inspect(call, AdapterId(adapter_id), str(path)))
         assert isinstance(answer, Inspected), answer
         return answer.manifest
 
-    async def source(self, adapter_id: int, path: Path) -> AdapterSource:
+    async def source(self, adapter_id: int, path: Path | str) -> AdapterSource:
         manifest = await self.inspect(adapter_id, path)
         return AdapterSource(manifest.path, manifest.generation)
 
@@ -252,6 +252,8 @@ async def serving(
     num_read_threads: int = 2,
     model: str | None = None,
     row_scale_cache: str | None = None,
+    adapter_sources: tuple[str, ...] = (),
+    adapter_cache: str | None = None,
     before_block: Callable[[Block], None] | None = None,
     **options: Any,
 ) -> AsyncIterator[LoaderService]:
@@ -262,6 +264,8 @@ async def serving(
         lora_dir=str(roots),
         model=model,
         row_scale_cache=row_scale_cache,
+        adapter_sources=adapter_sources,
+        adapter_cache=adapter_cache,
         num_read_threads=num_read_threads,
         read_block_bytes=read_block_bytes,
     )

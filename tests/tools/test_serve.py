@@ -25,7 +25,10 @@ from tools.supervisor_config import LogLevel, SupervisorConfig
 
 # What positional arguments set, and options that mean something to several processes.
 COMPOSED = {
-    EngineConfig: {"trace", "model", "served_model_name", "adapters", "lora_dir"},
+    EngineConfig: {
+        *("trace", "model", "served_model_name", "adapters", "lora_dir"),
+        "adapter_fetch_timeout_s",
+    },
     SupervisorConfig: set[str](),
 }
 
@@ -94,6 +97,9 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--read-block-size", "1MiB", 1 << 20),
     ("--row-scale-cache", "/rows", "/rows"),
     ("--row-scale-cache-size", "3GB", 3 * 10**9),
+    ("--adapter-cache-dir", "/adapters", "/adapters"),
+    ("--adapter-cache-size", "4GB", 4 * 10**9),
+    ("--adapter-fetch-timeout", "13", 13.0),
     ("--catalog", "/catalog.json", "/catalog.json"),
     ("--log-level", "debug", LogLevel.DEBUG),
     ("--startup-timeout", "12", 12.0),
@@ -125,6 +131,32 @@ def test_every_field_can_be_set_from_the_command_line(
     settable = {o.field for group in OPTIONS.values() for o in group if o.config is config}
     fields = {field.name for field in msgspec.structs.fields(config)}
     assert fields == settable | COMPOSED[config]
+
+
+def test_sources_on_other_machines_are_allowed_as_they_are_given(model: Path) -> None:
+    made = plan(
+        model,
+        *("--lora", "far=hf://team/x@v1", "--adapter-source", "https://Host/team/"),
+        *("--adapter-source", "hf://team", "--adapter-source", "s3://"),
+        *("--adapter-fetch-timeout", "7"),
+    )
+    assert made.engine.adapters == (StartAdapter("far", "hf://team/x@v1"),)
+    assert made.loader.adapter_sources == (
+        "hf://team/x@v1",
+        "https://host/team",
+        "hf://team/",
+        "s3://",
+    )
+    assert made.loader.adapter_roots == ()
+    assert made.engine.adapter_fetch_timeout_s == made.loader.adapter_fetch_timeout_s == 7.0
+
+
+@pytest.mark.parametrize(
+    "prefix", ["/adapters", "ftp://host/x", "http://example.com/x", "hf://a b"]
+)
+def test_a_prefix_that_no_source_has_is_refused(model: Path, prefix: str) -> None:
+    with pytest.raises(InvalidRequest, match="expected"):
+        plan(model, "--adapter-source", prefix)
 
 
 def test_folders_of_adapters_are_made_absolute_and_allowed(
