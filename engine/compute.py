@@ -14,6 +14,7 @@ from engine.layer_runner import AroundGroup, nothing_around
 from engine.lora.linear import LoraBackend, ReferenceLora
 from engine.lora.pool import AdapterPool
 from engine.lora.slots import ResidentTable
+from engine.lora.vocab import VocabTable
 from engine.memory_plan import num_kv_blocks
 from engine.model_runner import ModelRunner, StepGraphs
 from engine.models.config import ModelConfig, read_model_config
@@ -69,6 +70,7 @@ def build_compute(
     cache = KvCache(model, num_blocks, config.block_size, dtype, device)
     drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device.torch_device)
     sampler = Sampler(device, model.eos_token_ids)
+    vocab = VocabTable(base, pool)
     tables: tuple[ResidentTable, ...]
     attention: AttentionBackend
     lora: LoraBackend
@@ -79,15 +81,16 @@ def build_compute(
         from engine.cuda_compute import CudaParts
 
         parts = CudaParts(config, base, pool, cache, decoder, drawn, device)
-        attention, lora, tables = parts.attention, parts.lora, (parts.table,)
+        attention, lora, tables = parts.attention, parts.lora, (parts.table, vocab)
         graphs, prefill_graphs = parts.graphs, parts.prefill_graphs
     else:
-        attention, lora, tables = PagedAttention(cache, device), ReferenceLora(pool), (pool,)
+        attention, lora, tables = PagedAttention(cache, device), ReferenceLora(pool), (pool, vocab)
     runner = ModelRunner(
         decoder,
         config.block_size,
         attention,
         lora,
+        vocab,
         sampler,
         device,
         drawn,

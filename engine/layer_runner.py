@@ -4,12 +4,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from engine.batch import flatten, to_device
 from engine.device import Device
 from engine.layer_passes import LayerPass, LayerPasses
-from engine.models.decoder import Decoder
+from engine.lora.segments import Segment
+from engine.lora.vocab import VocabLayers
 from engine.plan import LayerGroup, ScheduledChunk, StepPlan
 
 AroundGroup = Callable[[LayerGroup], AbstractContextManager[object]]
@@ -26,6 +28,7 @@ class _Progress:
     """``hidden`` ``[num_tokens, hidden]`` in the model's dtype stands before ``next_layer``."""
 
     chunk: ScheduledChunk
+    segments: tuple[Segment, ...]
     layers: LayerPass
     hidden: Tensor
     next_layer: int = 0
@@ -42,13 +45,13 @@ class LayerRunner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        vocab: VocabLayers,
         block_size: int,
         passes: LayerPasses,
         device: Device,
         around: AroundGroup = nothing_around,
     ) -> None:
-        self._decoder = decoder
+        self._vocab = vocab
         self._block_size = block_size
         self._passes = passes
         self._device = device
@@ -75,11 +78,17 @@ class LayerRunner:
         if not group.is_last:
             return None
         self._progress = None
-        return self._decoder.logits(progress.hidden[-1:]) if group.chunk.samples else None
+        if not group.chunk.samples:
+            return None
+        last = np.array([group.chunk.num_tokens - 1])
+        return self._vocab.logits(progress.hidden[-1:], last, progress.segments)
 
     def _begin(self, chunk: ScheduledChunk) -> _Progress:
         batch = flatten(StepPlan((chunk,)), self._block_size)
         tensors = to_device(batch, self._device)
         return _Progress(
-            chunk, self._passes.begin(batch, tensors), self._decoder.embed(tensors.token_ids)
+            chunk,
+            batch.segments,
+            self._passes.begin(batch, tensors),
+            self._vocab.embed(tensors.token_ids, batch.segments),
         )

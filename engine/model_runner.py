@@ -13,6 +13,7 @@ from engine.drawn_tokens import DrawnStep
 from engine.layer_passes import CapturedPasses, LayerPasses
 from engine.layer_runner import AroundGroup, LayerRunner, nothing_around
 from engine.lora.linear import LoraBackend
+from engine.lora.vocab import VocabLayers, VocabTable
 from engine.models.decoder import Decoder
 from engine.plan import LaunchedStep, ScheduledChunk, StepPlan, nothing_between
 from engine.sampler import Sampler
@@ -39,8 +40,9 @@ class ModelRunner:
     Its layer group, whose adapter may still be arriving, is launched by itself behind the chunks.
 
     The tokens that a step draws stay on the device, in ``drawn`` ``[max_num_seqs]`` int64, and
-    feed the next one. ``graphs``, which read them there, take the steps that fit them;
-    ``prefill_graphs`` the passes of others.
+    feed the next one. ``graphs``, which read them there, take the steps that fit them, unless an
+    adapter changes embedding or head; ``prefill_graphs`` the passes of others. ``vocab`` says which
+    adapters do.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ModelRunner:
         block_size: int,
         attention: AttentionBackend,
         lora: LoraBackend,
+        vocab: VocabTable,
         sampler: Sampler,
         device: Device,
         drawn: Tensor,
@@ -64,7 +67,8 @@ class ModelRunner:
         self._drawn = drawn
         self._num_drawn = 0
         self._graphs = graphs
-        self._layers = LayerRunner(decoder, block_size, self._passes, device, around_group)
+        self._vocab = VocabLayers(decoder, vocab, device)
+        self._layers = LayerRunner(self._vocab, block_size, self._passes, device, around_group)
 
     def launch(self, plan: StepPlan, between: Callable[[], None] = nothing_between) -> LaunchedStep:
         """Gives the device a step that is not empty; waits for none launched before.
@@ -91,7 +95,8 @@ class ModelRunner:
         with torch.inference_mode(), self._device.forward_stream():
             batch = flatten(plan, self._block_size)
             hidden = self._forward(batch, to_device(batch, self._device), nothing_between)
-            logits = self._decoder.logits(hidden[self._device.upload(batch.plan_rows)])
+            of_plan = hidden[self._device.upload(batch.plan_rows)]
+            logits = self._vocab.logits(of_plan, batch.plan_rows, batch.segments)
         self._device.synchronize()
         return logits
 
@@ -111,18 +116,20 @@ class ModelRunner:
         batch = flatten(StepPlan(chunks), self._block_size)
         # The graphs, too, take it on trust that what is pending was drawn.
         assert batch.pending_samples.max(initial=-1) < self._num_drawn, "nothing was drawn"
-        if self._graphs is not None and self._graphs.fits(batch):
-            return self._graphs.replay(batch)
+        graphs = self._graphs
+        if graphs and graphs.fits(batch) and not self._vocab.are_changed(batch.segments):
+            return graphs.replay(batch)
         tensors = to_device(batch, self._device)
         hidden = self._forward(batch, tensors, between)
         if not batch.sample_rows.size:
             return None
-        return self._decoder.logits(hidden[tensors.sample_rows])
+        of_samples = hidden[tensors.sample_rows]
+        return self._vocab.logits(of_samples, batch.sample_rows, batch.segments)
 
     def _forward(
         self, batch: FlatBatch, tensors: DeviceBatch, between: Callable[[], None]
     ) -> Tensor:
-        hidden = self._decoder.embed(self._token_ids(batch, tensors))
+        hidden = self._vocab.embed(self._token_ids(batch, tensors), batch.segments)
         layers = range(self._decoder.config.num_layers)
         return self._passes.begin(batch, tensors).run(layers, hidden, between)
 

@@ -10,6 +10,9 @@ import msgspec
 
 EMBED_MODULE = "embed_tokens"
 HEAD_MODULE = "lm_head"
+# From the base model's root.
+EMBED_PATH = "model.embed_tokens"
+HEAD_PATH = "lm_head"
 
 # The linear layers of one decoder layer, grouped as a forward pass fuses them. The order is the
 # order of an image's entries: all A's of a group, then all its B's.
@@ -51,6 +54,7 @@ class BaseModel(msgspec.Struct, frozen=True):
     """What the loader must know of the base model to check and to lay out an adapter.
 
     ``linears`` are in the order of ``LINEAR_MODULES`` and are alike in every decoder layer.
+    ``tie_word_embeddings`` says that the head's weight is the embedding's.
     """
 
     architecture: str
@@ -61,6 +65,7 @@ class BaseModel(msgspec.Struct, frozen=True):
     num_kv_heads: int
     dtype: DType
     linears: tuple[LinearShape, ...]
+    tie_word_embeddings: bool = False
 
     def linear(self, name: str) -> LinearShape:
         """The shape of the linear called ``name``. Raises ``KeyError``."""

@@ -23,6 +23,10 @@ is 0 likewise. DoRA scales the product without ``b``, so beside a ``row_scale`` 
 of a linear that has one holds ``b ⊙ (1 − g)``, plus what the adapter adds. Both kinds stand beside
 a pair of their module, never alone.
 
+The embedding is a linear whose ``x`` has a 1 at the token's index and zeros elsewhere: its ``in``
+is the vocabulary. A ``whole`` entry is what the module computes with in the place of the base's
+weight; the embedding's lies the other way around, ``[in, out]``, a row a token, as the base's does.
+
 All are row-major. A rank is padded with zeros to a multiple of ``RANK_ALIGNMENT`` and every entry
 starts at a multiple of ``ENTRY_ALIGNMENT`` bytes from its stage, as each stage does from the image.
 """

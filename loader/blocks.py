@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ipc.image import EntryKind, align
 from loader.ggml_types import GgmlType
 from loader.native.runs import IMAGE_FORMATS, NUM_CONVERSIONS, RUN, Format, conversion_of
-from loader.plan import AdapterPlan
+from loader.plan import AdapterPlan, TensorPlan
 from loader.scales import TensorScales
 
 # Smaller blocks cost more in waking threads than they gain in keeping all of them busy.
@@ -116,6 +116,9 @@ def _pieces(plan: AdapterPlan, foreign: Sequence[GgmlType], block_bytes: int) ->
             scaling = num_scales = num_scales + 1
         row_bytes = entry.num_bytes // entry.rows
         begin = plan.layout.stages[tensor.stage].offset + entry.offset
+        if tensor.is_transposed:
+            yield _transposed(begin, index, tensor, conversion, scaling)
+            continue
         num_rows = max(1, block_bytes // row_bytes)
         if together > 1:
             num_rows = max(1, num_rows // together) * together
@@ -142,5 +145,32 @@ def _pieces(plan: AdapterPlan, foreign: Sequence[GgmlType], block_bytes: int) ->
                 tensor.head_rows,
                 tensor.row_bytes,
                 together,
+                0,
             )
             yield _Piece(start, stop, run)
+
+
+def _transposed(
+    begin: int, index: int, tensor: TensorPlan, conversion: int, scaling: int
+) -> _Piece:
+    """All of an entry that begins at ``begin``: its first row is there with its last."""
+    entry = tensor.entry
+    run = (
+        tensor.file,
+        tensor.file_offset,
+        index,
+        conversion,
+        scaling,
+        0,
+        tensor.rows,
+        tensor.columns,
+        tensor.stage,
+        entry.offset,
+        entry.columns,
+        align(entry.num_bytes) - tensor.columns * (entry.num_bytes // entry.rows),
+        tensor.head_rows,
+        tensor.row_bytes,
+        tensor.rows_together,
+        1,
+    )
+    return _Piece(begin, begin + align(entry.num_bytes), run)

@@ -16,9 +16,11 @@ from dataclasses import replace
 
 import msgspec
 
+from ipc.base_model import EMBED_MODULE, HEAD_MODULE
 from ipc.errors import AdapterInvalid, Cancelled, Unavailable
 from ipc.image import EntryKind
 from ipc.messages import AdapterSource, FileIdentity, Generation, Manifest
+from loader.base_copies import check_copies
 from loader.base_weights import BaseWeights
 from loader.derivation import FORMULA, derive_bias, derive_row_scales
 from loader.derived_store import DerivedStore
@@ -70,10 +72,14 @@ class Deriver:
         """The manifest, of an adapter that can be completed.
 
         Raises:
-            AdapterInvalid: the base model's weights are needed for it, and there are none.
+            AdapterInvalid: the base model's weights are needed for it, and there are none; or a
+                copy of one of them differs from it.
+            SidestreamError: as ``Inspector.open``, or the base model can not be read.
         """
         if any(module.row_scale or module.bias for module in manifest.modules):
             self._weights_folder()
+        if any(module.module in (EMBED_MODULE, HEAD_MODULE) for module in manifest.modules):
+            self._check_copies(AdapterSource(manifest.path, manifest.generation))
         return manifest
 
     def open(self, source: AdapterSource) -> OpenAdapter:
@@ -104,6 +110,15 @@ class Deriver:
             if payload is None:
                 payload = self._compute(source, adapter, weights, cancelled)
             return _completed(adapter, payload)
+
+    def _check_copies(self, source: AdapterSource) -> None:
+        with self._opened(source) as adapter:
+            if adapter.plan.copies:
+                with self._open_weights() as weights:
+                    check_copies(adapter.plan.copies, adapter.files.fds, self._base, weights)
+                    weights.check_unchanged()
+                adapter.files.check_unchanged()
+            adapter.files.close()
 
     @contextmanager
     def _opened(self, source: AdapterSource) -> Iterator[OpenAdapter]:
@@ -136,8 +151,9 @@ class Deriver:
     def _weights_folder(self) -> str:
         if self._model is None:
             raise AdapterInvalid(
-                "the adapter has DoRA or trained biases: these take the base model's own weights,"
-                " of which there are none with --load-format dummy"
+                "the adapter has DoRA, trained biases or copies of the base model's weights: these"
+                " take the base model's own weights, of which there are none with --load-format"
+                " dummy"
             )
         return self._model
 

@@ -4,7 +4,8 @@ A tensor is called ``base_model.model.<module path>.lora_A.weight`` (``[r, in]``
 ``.lora_B.weight`` (``[out, r]``); what describes it where it is quantized begins with the same name
 (``loader.quantized``). Every tensor must belong to a module that the configuration targets, and
 every targeted module must have its two. Magnitudes of DoRA and trained biases: see
-``loader.peft_extras``. In which of the adapter's files a tensor stands has no meaning.
+``loader.peft_extras``; embedding and head: see ``loader.peft_vocab``. In which of the adapter's
+files a tensor stands has no meaning.
 
 Source: ``get_peft_model_state_dict`` of PEFT 0.21.
 """
@@ -13,17 +14,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ipc.base_model import BaseModel, LinearShape
+from ipc.base_model import EMBED_PATH, HEAD_PATH, BaseModel, LinearShape
 from ipc.errors import AdapterInvalid
 from ipc.image import AdapterModule, Entry, EntryKind, layout_image
-from loader.native.runs import Format
+from loader.native.runs import FILE_FORMATS, Format
 from loader.peft_config import PeftConfig
 from loader.peft_extras import Extras, unexpected_bias
 from loader.peft_files import CONFIG_NAME, TensorFile
+from loader.peft_vocab import VocabChoice, VocabTensors
 from loader.plan import DERIVED_KINDS, AdapterPlan, TensorPlan
 from loader.quantized import Encoding, ReadSmall, encoding_of
 from loader.scales import StoredTensor
 from loader.strict_json import shorten
+from loader.vocab_shapes import embedding_shape, head_shape
 
 FORMAT = "peft"
 
@@ -33,14 +36,8 @@ _KINDS = {"lora_A": EntryKind.LORA_A, "lora_B": EntryKind.LORA_B}
 _RANK_OF_ZEROS = 1
 # What tensors that can not be served are, by a part of their names.
 _UNSERVED = {
-    "lora_embedding_": "an embedding's pair",
     "lora_magnitude_vector": "DoRA of what is no targeted linear layer",
-    "embed_tokens": "an embedding",
-    "lm_head": "the output head",
 }
-# Beside the linear layers, what PEFT can put a pair at.
-_UNSERVED_MODULES = {"model.embed_tokens": "the embedding", "lm_head": "the output head"}
-
 
 Parts = dict[str, StoredTensor]
 """One of a module's two tensors, and what describes it, by the rest of their names."""
@@ -48,10 +45,14 @@ Parts = dict[str, StoredTensor]
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """A linear layer of the base: ``path`` from the base model's root."""
+    """A linear layer of the base, its embedding or its head: ``path`` from the base model's root.
+
+    ``layer`` is None for the latter two.
+    """
 
     path: str
-    layer: int
+    stage: int
+    layer: int | None
     shape: LinearShape
 
     @property
@@ -74,68 +75,75 @@ def plan_adapter(
         AdapterInvalid: a tensor is unknown, missing or misshapen, or a rank is too high.
     """
     where = files[0].name if len(files) == 1 else f"{files[0].name} to {files[-1].name}"
-    for path, meaning in _UNSERVED_MODULES.items():
-        if config.is_targeted(path, None):
-            raise AdapterInvalid(
-                f"{CONFIG_NAME}: target_modules is {config.target_modules}, which targets {path},"
-                f" {meaning}: a pair of it can not be served",
-                param="target_modules",
-            )
+    choice = VocabChoice.of(config, base)
     known = {module.path: module for module in _modules(base)}
     parts, others = gather(files)
     extras, others = Extras.gather(others)
+    vocab, others = VocabTensors.gather(others)
     for stored in others:
         raise _misplaced(stored, config, base)
     pairs: dict[str, dict[EntryKind, Encoding]] = {}
     for (path, kind), of_tensor in parts.items():
         for stored in of_tensor.values():
-            if path not in known or stored.tensor.name.endswith(".bias"):
+            if path not in known or path == EMBED_PATH or stored.tensor.name.endswith(".bias"):
                 raise _misplaced(stored, config, base)
         pairs.setdefault(path, {})[kind] = encoding_of(of_tensor, read)
+    if vocab.embedding:
+        pairs[EMBED_PATH] = vocab.embedding_pair()
+    saved = vocab.saved(choice, base, where)
 
     modules = []
     derivations = []
     for path, module in known.items():
-        targeted = config.is_targeted(path, module.layer)
+        if module.layer is None:
+            targeted = path in choice.targeted
+        else:
+            targeted = config.is_targeted(path, module.layer)
         pair = pairs.get(path)
         if pair is not None and not targeted:
             raise AdapterInvalid(
                 f"{where} has tensors of {module.short_path}, which {CONFIG_NAME} does not target"
             )
-        of_layer = base.layer_stage(module.layer)
+        derivation = None
         if targeted:
             rank = _check_pair(module, pair or {}, config, max_lora_rank, where)
             scaling = config.scaling_of(path)
-            derivation = extras.derivation(config, of_layer, path, module.shape, where)
+            if module.layer is not None:
+                derivation = extras.derivation(config, module.stage, path, module.shape, where)
+        elif path in saved:
+            rank, scaling = 0, 1.0
         else:
             rank, scaling = _RANK_OF_ZEROS, 0.0
-            derivation = extras.lone_derivation(config, of_layer, path, module.shape)
+            if module.layer is not None:
+                derivation = extras.lone_derivation(config, module.stage, path, module.shape)
             if derivation is None:
                 continue
         if derivation is not None:
             derivations.append(derivation)
         modules.append(
             AdapterModule(
-                of_layer,
+                module.stage,
                 module.shape.name,
                 rank,
                 scaling,
                 row_scale=derivation is not None and derivation.scales_rows,
                 bias=derivation is not None and derivation.adds_bias,
+                whole=path in saved,
             )
         )
     if not pairs:
         raise AdapterInvalid(
-            f"{CONFIG_NAME} targets no linear layer of the base: target_modules is"
+            f"{CONFIG_NAME} targets no module of the base: target_modules is"
             f" {config.target_modules}",
             param="target_modules",
         )
     # By now each path of a pair is one of a targeted linear.
-    for stored in extras.of_others(pairs, known):
+    linears = {path for path, module in known.items() if module.layer is not None}
+    for stored in extras.of_others(linears & pairs.keys(), linears):
         raise _misplaced(stored, config, base)
 
     layout = layout_image(base, modules)
-    paths = {(base.layer_stage(m.layer), m.shape.name): m.path for m in known.values()}
+    paths = {(module.stage, module.shape.name): path for path, module in known.items()}
     plans = []
     # Of the derived values, whose file is the next one.
     derived_file, derived_bytes = files[-1].index + 1, 0
@@ -146,6 +154,9 @@ def plan_adapter(
                 plan = _derived(path, derived_file, derived_bytes, stage_index, entry)
                 derived_bytes += plan.file_bytes
                 plans.append(plan)
+                continue
+            if entry.kind is EntryKind.WHOLE:
+                plans.append(_whole(saved[path], stage_index, entry))
                 continue
             if path not in pairs:
                 plans.append(_zeros(path, stage_index, entry))
@@ -165,12 +176,34 @@ def plan_adapter(
                     encoding.scales,
                 )
             )
-    return AdapterPlan(FORMAT, tuple(modules), layout, base.dtype, tuple(plans), tuple(derivations))
+    return AdapterPlan(
+        FORMAT,
+        tuple(modules),
+        layout,
+        base.dtype,
+        tuple(plans),
+        tuple(derivations),
+        vocab.copies(choice, base),
+    )
 
 
 def _derived(path: str, file: int, offset: int, stage: int, entry: Entry) -> TensorPlan:
     name = f"the {entry.kind.value} of {path}"
     return TensorPlan(name, file, offset, Format.FLOAT32, entry.rows, entry.columns, stage, entry)
+
+
+def _whole(stored: StoredTensor, stage: int, entry: Entry) -> TensorPlan:
+    tensor = stored.tensor
+    return TensorPlan(
+        tensor.name,
+        stored.file,
+        tensor.offset,
+        FILE_FORMATS[tensor.dtype],
+        entry.rows,
+        entry.columns,
+        stage,
+        entry,
+    )
 
 
 def _zeros(path: str, stage: int, entry: Entry) -> TensorPlan:
@@ -180,9 +213,12 @@ def _zeros(path: str, stage: int, entry: Entry) -> TensorPlan:
 
 
 def _modules(base: BaseModel) -> Iterator[_Module]:
+    yield _Module(EMBED_PATH, 0, None, embedding_shape(base))
     for layer in range(base.num_layers):
         for shape in base.linears:
-            yield _Module(f"model.layers.{layer}.{shape.path}", layer, shape)
+            path = f"model.layers.{layer}.{shape.path}"
+            yield _Module(path, base.layer_stage(layer), layer, shape)
+    yield _Module(HEAD_PATH, base.head_stage, None, head_shape(base))
 
 
 def gather(
@@ -215,7 +251,8 @@ def _misplaced(stored: StoredTensor, config: PeftConfig, base: BaseModel) -> Ada
     return AdapterInvalid(
         f"{where}: tensor {shorten(name, 160)} is of no module of the base;"
         f" expected base_model.model.model.layers.N.<linear layer>.lora_A.weight or"
-        f" .lora_B.weight with N below {base.num_layers}"
+        f" .lora_B.weight with N below {base.num_layers}, or what PEFT has of {EMBED_PATH} and"
+        f" {HEAD_PATH}"
     )
 
 
@@ -229,6 +266,8 @@ def _check_pair(
     """The rank of a targeted module's pair."""
     for name, kind in _KINDS.items():
         if kind not in pair:
+            if module.path == EMBED_PATH:
+                name = name.replace("lora_", "lora_embedding_")
             raise AdapterInvalid(
                 f"{module.short_path} is targeted by {CONFIG_NAME}, but {where} has no {name} of it"
             )

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ipc.base_model import LINEAR_MODULES
+from ipc.base_model import EMBED_PATH, HEAD_PATH, LINEAR_MODULES
 from ipc.errors import AdapterInvalid
 from loader import strict_json
 from loader.module_choice import (
@@ -44,6 +44,8 @@ HONOURED = frozenset(
         "init_lora_weights",
         "bias",
         "fan_in_fan_out",
+        "modules_to_save",
+        "ensure_weight_tying",
     }
 )
 
@@ -51,7 +53,6 @@ TRAINING_ONLY = {
     "auto_mapping": "names the Python class of the base, for loading it",
     "base_model_name_or_path": "names the base; what counts are the shapes, and they are checked",
     "corda_config": "has an effect only with init_lora_weights='corda', which is refused",
-    "ensure_weight_tying": "concerns embeddings and heads, which are refused",
     "eva_config": "how A was initialised; the base stays as it was",
     "inference_mode": "whether gradients are kept",
     "loftq_config": "has an effect only with init_lora_weights='loftq', which is refused",
@@ -72,12 +73,18 @@ REFUSED: dict[str, str] = {
     "layer_replication": "a base with repeated layers",
     "lora_bias": "a bias of B",
     "megatron_config": "parallel layers of Megatron",
-    "modules_to_save": "modules trained whole",
     "monteclora_config": "sampled weights",
     "target_parameters": "adapters of bare parameters",
     "trainable_token_indices": "trained rows of the embedding",
     "use_bdlora": "block-diagonal factors",
     "use_qalora": "QALoRA",
+}
+
+# Ends of paths as ``modules_to_save`` has them, and the modules that they mean.
+_SAVED_PATHS = {
+    "embed_tokens": EMBED_PATH,
+    EMBED_PATH: EMBED_PATH,
+    HEAD_PATH: HEAD_PATH,
 }
 
 # These leave the base's weights as they are. The others (pissa, olora, corda, loftq, lora_ga)
@@ -90,6 +97,7 @@ class PeftConfig:
     """What an adapter's configuration says of each module of its base.
 
     A module is given by its path from the base model's root: ``model.layers.3.self_attn.q_proj``.
+    ``saved_paths`` are those of ``modules_to_save``: of embedding and head alone.
     """
 
     rank: int
@@ -102,6 +110,8 @@ class PeftConfig:
     exclude_modules: ModuleChoice
     layers_to_transform: LayerChoice | None
     bias: str
+    saved_paths: frozenset[str] = frozenset()
+    ensure_weight_tying: bool = False
 
     def is_targeted(self, path: str, layer: int | None) -> bool:
         """Whether PEFT would put a low-rank pair beside the module at ``path``.
@@ -160,6 +170,8 @@ def parse_config(payload: bytes, where: str) -> PeftConfig:
         layers_to_transform=reader.layers_to_transform(effort),
         # Which of the base's biases were trained: where it has none, there is nothing to it.
         bias=str(reader.one_of("bias", (None, "none", "all", "lora_only")) or "none"),
+        saved_paths=reader.saved_paths(),
+        ensure_weight_tying=reader.one_of("ensure_weight_tying", (None, False, True)) is True,
     )
 
 
@@ -248,6 +260,15 @@ class _Fields:
         if not all(type(layer) is int and layer >= 0 for layer in layers):
             raise self.refusal("layers_to_transform", "a layer's index or a list of them")
         return LayerChoice.of(self._where, frozenset(layers), patterns, effort)
+
+    def saved_paths(self) -> frozenset[str]:
+        value = self._fields.get("modules_to_save")
+        if _says_nothing(value):
+            return frozenset()
+        names: list[Any] = value if isinstance(value, list) else [value]
+        if not all(isinstance(name, str) and name in _SAVED_PATHS for name in names):
+            raise self.refusal("modules_to_save", f"null or some of {', '.join(_SAVED_PATHS)}")
+        return frozenset(_SAVED_PATHS[name] for name in names)
 
     def _layers_patterns(self) -> tuple[str, ...]:
         value = self._fields.get("layers_pattern")

@@ -25,7 +25,8 @@ class TensorPlan:
     The file holds ``[rows, columns]`` values in ``format``, row-major, from ``file_offset`` on.
     They are multiplied by their ``scales``, if any, and cast to the image's dtype; rows and columns
     that the entry has beyond them are zeros. ``file`` is an index into the adapter's files. Rows
-    come in heads of ``head_rows``, halves in turns, see ``RUN``; 0: they come in their order.
+    come in heads of ``head_rows``, halves in turns, see ``RUN``; 0: they come in their order. Where
+    it ``is_transposed``, the file's columns are the entry's rows.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TensorPlan:
     entry: Entry
     scales: TensorScales | None = None
     head_rows: int = 0
+    is_transposed: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -108,11 +110,23 @@ class LinearDerivation:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseCopy:
+    """A tensor of the adapter's that must be equal to the weight of the base's module ``path``.
+
+    It is ``[vocab, hidden]``, and equal once both are rounded to the model's dtype.
+    """
+
+    stored: StoredTensor
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterPlan:
     """All that reading an adapter takes; ``tensors`` are in the order of the image's bytes.
 
     ``derivations`` are those of the linears that have derived entries. Their values, float32, lie
     one behind the other, in the order of the image, in a file of their own behind the adapter's.
+    ``copies`` are in no image.
     """
 
     format: str
@@ -121,6 +135,7 @@ class AdapterPlan:
     dtype: DType
     tensors: tuple[TensorPlan, ...]
     derivations: tuple[LinearDerivation, ...] = ()
+    copies: tuple[BaseCopy, ...] = ()
 
     @property
     def max_rank(self) -> int:

@@ -1,18 +1,19 @@
 """The base model that an adapter is looked at with: a folder's, or what its own tensors tell."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from engine.models.config import read_model_config
-from ipc.base_model import LINEAR_GROUPS, BaseModel, DType, LinearShape
+from ipc.base_model import EMBED_PATH, HEAD_PATH, LINEAR_GROUPS, BaseModel, DType, LinearShape
 from ipc.errors import InvalidRequest
 from ipc.image import EntryKind
 from loader.adapter_files import AdapterFolders
-from loader.peft_adapter import gather
+from loader.peft_adapter import Parts, gather
 from loader.peft_extras import Extras
 from loader.peft_files import TensorFile, find_files, is_gguf
+from loader.peft_vocab import VocabTensors
 from loader.quantized import ReadSmall, encoding_of
 from loader.safetensors_header import parse_header, read_header
 from loader.scales import read_told
@@ -44,6 +45,8 @@ def base_of_adapter(folders: AdapterFolders, path: str, dtype: DType | None) -> 
 
     It has as many layers as they name, and linear layers of the first sizes that they give; one
     that has no tensors is of size 1. Only those have a bias for which the adapter brings one.
+    Embedding and head are tied to each other if there are tensors of both: then the adapter may be
+    one that was trained so.
 
     Raises:
         SidestreamError: the files can not be found or read.
@@ -71,9 +74,17 @@ def base_of_tensors(files: Sequence[TensorFile], dtype: DType | None, read: Read
     out_features: dict[str, int] = {}
     num_layers = 1
     parts, others = gather(files)
-    extras, _ = Extras.gather(others)
+    extras, others = Extras.gather(others)
+    vocab, _ = VocabTensors.gather(others)
     biased = {match[2] for path in extras.biases if (match := _LINEAR.fullmatch(path))}
+    vocab_sizes, hidden_sizes = vocab.sizes()
     for (path, kind), of_tensor in parts.items():
+        if path == HEAD_PATH:
+            encoding = encoding_of(of_tensor, read)
+            if kind is EntryKind.LORA_A:
+                hidden_sizes.append(encoding.columns)
+            else:
+                vocab_sizes.append(encoding.rows)
         match = _LINEAR.fullmatch(path)
         if match is None:
             continue
@@ -86,8 +97,8 @@ def base_of_tensors(files: Sequence[TensorFile], dtype: DType | None, read: Read
     return BaseModel(
         architecture="unknown",
         num_layers=num_layers,
-        hidden_size=in_features.get("q_proj", 1),
-        vocab_size=1,
+        hidden_size=in_features.get("q_proj", next(iter(hidden_sizes), 1)),
+        vocab_size=next(iter(vocab_sizes), 1),
         num_heads=1,
         num_kv_heads=1,
         dtype=dtype or DEFAULT_DTYPE,
@@ -97,4 +108,11 @@ def base_of_tensors(files: Sequence[TensorFile], dtype: DType | None, read: Read
             )
             for name, path in _PATHS.items()
         ),
+        tie_word_embeddings=_has_both(vocab, parts),
     )
+
+
+def _has_both(vocab: VocabTensors, parts: Mapping[tuple[str, EntryKind], Parts]) -> bool:
+    has_embedding = bool(vocab.embedding) or EMBED_PATH in vocab.wholes
+    has_head = (HEAD_PATH, EntryKind.LORA_A) in parts or HEAD_PATH in vocab.wholes
+    return has_embedding and has_head

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ipc.base_model import LINEAR_MODULES, BaseModel, DType
+from ipc.base_model import EMBED_MODULE, HEAD_MODULE, LINEAR_MODULES, BaseModel, DType
 from ipc.image import align, layout_image
 from ipc.messages import AdapterId, AdapterSource, Manifest
 from ipc.trace import NO_TRACE
@@ -31,10 +31,14 @@ _MAX_LORA_RANK, _HOST_TIER_MEMORY, _ROW_SCALE_CACHE = (
 )
 
 
+_MODULES = (EMBED_MODULE, *LINEAR_MODULES, HEAD_MODULE)
+
+
 @dataclass(frozen=True)
 class ModuleRow:
     """What an adapter adds to one kind of module, in all ``layers`` in which it adds the same.
 
+    Embedding and head are in none. ``rank`` is 0 where the module is brought along whole.
     ``pool_bytes`` is what that takes in the pool, in all these layers together.
     """
 
@@ -109,6 +113,8 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
         further["row scales"] = _row_scales(inspector, source, arguments.model, cache)
     if num_biases := sum(module.bias for module in manifest.modules):
         further["biases"] = f"of {num_biases} modules"
+    if adapter.plan.copies:
+        further["copies"] = _copies(inspector, manifest, arguments.model)
     facts = Facts(arguments.model, encodings(adapter.plan), further)
     print_manifest(manifest, base, facts, console)
     return 0
@@ -129,6 +135,15 @@ def _row_scales(
     return "pending: computed with the base model's weights when the adapter is first wanted"
 
 
+def _copies(inspector: Inspector, manifest: Manifest, model: Path | None) -> str:
+    """Whether the base's tables that the adapter has as well are equal to the base's own."""
+    if model is None:
+        return "of the base's own tables; --model tells whether they are equal"
+    store = DerivedStore(default_folder(), LoaderConfig().row_scale_cache_bytes)
+    Deriver(inspector, str(model), store, 1, LoadTrace(NO_TRACE)).check(manifest)
+    return "of the base's own tables, equal to them"
+
+
 def encodings(plan: AdapterPlan) -> str:
     """How its tensors are written: ``float16, int8 with scales``."""
     found = {
@@ -140,23 +155,23 @@ def encodings(plan: AdapterPlan) -> str:
 
 
 def module_rows(manifest: Manifest, base: BaseModel) -> list[ModuleRow]:
-    """The adapter's modules, in the order of ``LINEAR_MODULES``, alike ones together."""
+    """The adapter's modules, in the order of ``_MODULES``, alike ones together."""
     num_bytes = {
         (stage, module): sum(align(e.num_bytes) for e in layout.entries if e.module == module)
         for stage, layout in enumerate(layout_image(base, manifest.modules).stages)
-        for module in LINEAR_MODULES
+        for module in _MODULES
     }
     ordered = sorted(
-        (LINEAR_MODULES.index(module.module), -module.rank, module.scaling, module.stage)
+        (_MODULES.index(module.module), -module.rank, module.scaling, module.stage)
         for module in manifest.modules
     )
     rows = []
     for (index, negative_rank, scaling), alike in groupby(ordered, lambda each: each[:3]):
         stages = [stage for *_, stage in alike]
-        name = LINEAR_MODULES[index]
+        name = _MODULES[index]
         pool_bytes = sum(num_bytes[stage, name] for stage in stages)
-        # Stage 0 is the embedding's.
-        layers = tuple(stage - base.layer_stage(0) for stage in stages)
+        in_layers = (stage for stage in stages if 0 < stage < base.head_stage)
+        layers = tuple(stage - base.layer_stage(0) for stage in in_layers)
         rows.append(ModuleRow(name, layers, -negative_rank, scaling, pool_bytes))
     return rows
 
@@ -168,7 +183,7 @@ def print_manifest(manifest: Manifest, base: BaseModel, facts: Facts, console: C
     lines.add_column("")
     lines.add_column("", overflow="fold")
     of_base = "as its tensors tell; --model checks it" if facts.model is None else str(facts.model)
-    ranks = sorted({row.rank for row in rows})
+    ranks = sorted({row.rank for row in rows if row.rank})
     for name, value in (
         ("adapter", manifest.path),
         ("format", f"{manifest.format}, {facts.written}"),
@@ -191,8 +206,8 @@ def print_manifest(manifest: Manifest, base: BaseModel, facts: Facts, console: C
         table.add_row(
             row.module,
             format_ranges(row.layers),
-            str(row.rank),
-            f"{row.scaling:g}",
+            str(row.rank) if row.rank else "whole",
+            f"{row.scaling:g}" if row.rank else "",
             format_bytes(row.pool_bytes),
         )
     console.print(table)

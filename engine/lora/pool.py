@@ -78,7 +78,8 @@ class AdapterPool:
         scalings = {(module.stage, module.module): module.scaling for module in modules}
         table: dict[tuple[int, str], LoraWeights] = {}
         for stage, (stage_layout, extent) in enumerate(zip(layout.stages, extents, strict=True)):
-            if not stage_layout.num_bytes:
+            # The others are the vocabulary's, see ``engine.lora.vocab``.
+            if not 0 < stage < self._base.head_stage or not stage_layout.num_bytes:
                 continue
             assert extent % ENTRY_ALIGNMENT == 0, (stage, extent)
             parts: dict[str, dict[EntryKind, Tensor]] = {}
@@ -134,16 +135,16 @@ def _check_stage(stage: int, in_layer: bool, layout: StageLayout) -> None:
     for entry in layout.entries:
         match entry.kind:
             case EntryKind.LORA_A | EntryKind.LORA_B:
-                is_served = in_layer
+                is_served = True
             case EntryKind.ROW_SCALE | EntryKind.BIAS:
                 is_served = in_layer and _has_pair(layout, entry.module)
             case EntryKind.WHOLE:
-                is_served = False
+                is_served = not in_layer
         if not is_served:
             raise AdapterInvalid(
-                f"stage {stage} of the adapter: expected low-rank pairs of the decoder layers'"
-                " linears, with row scales and biases beside them, got"
-                f" {entry.kind.value} of {entry.module}"
+                f"stage {stage} of the adapter: expected low-rank pairs, those of the decoder"
+                " layers' linears with row scales and biases beside them, or the embedding or head"
+                f" whole, got {entry.kind.value} of {entry.module}"
             )
 
 

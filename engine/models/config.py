@@ -120,6 +120,7 @@ class ModelConfig:
             num_kv_heads=self.num_kv_heads,
             dtype=dtype,
             linears=tuple(linears),
+            tie_word_embeddings=self.tie_word_embeddings,
         )
 
 

@@ -80,6 +80,10 @@ def _nothing() -> None:
     pass
 
 
+def _unchanged(x: Tensor, logits: Tensor) -> None:
+    pass
+
+
 class Decoder:
     """Owns a model's weights, which begin undefined: ``checkpoint_tensors`` says where they go.
 
@@ -171,9 +175,18 @@ class Decoder:
             between()
         return hidden if down is None else ops.add(hidden, down.out, down.delta)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[num_rows, vocab]`` for rows ``[num_rows, hidden]`` behind the last layer."""
-        return functional.linear(self._ops.rms_norm(hidden, self._norm), self._head)
+    def logits(
+        self, hidden: Tensor, change: Callable[[Tensor, Tensor], None] = _unchanged
+    ) -> Tensor:
+        """``[num_rows, vocab]`` for rows ``[num_rows, hidden]`` behind the last layer.
+
+        ``change`` is given what the head takes in, ``[num_rows, hidden]``, and the logits, which it
+        may change in place.
+        """
+        x = self._ops.rms_norm(hidden, self._norm)
+        logits = functional.linear(x, self._head)
+        change(x, logits)
+        return logits
 
     def _attend(
         self, index: int, layer: _Layer, qkv: Projected, rotation: Tensor, attention: AttentionStep

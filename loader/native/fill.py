@@ -151,6 +151,19 @@ def _set_apart(
 
 
 @inlined
+def _set_across(
+    rows: int, num_rows: int, columns: int, target: int, target_bytes: int, value_bytes: int
+) -> None:
+    """Copies rows that touch to where each is a column; rows there have ``target_bytes``."""
+    for column in range(columns):
+        source, to = rows + column * value_bytes, target + column * target_bytes
+        for _ in range(num_rows):
+            memcpy(to, source, value_bytes)
+            source += columns * value_bytes
+            to += value_bytes
+
+
+@inlined
 def _fill_run(
     run: np.void, conversion: np.void, scaling: np.void, fd: int, place: int, scratch: int
 ) -> tuple[int, int]:
@@ -159,7 +172,8 @@ def _fill_run(
     value_bytes = conversion["target_bytes"]
     rows, columns, entry_columns = run["rows"], run["columns"], run["entry_columns"]
     head_rows, row_bytes, together = run["head_rows"], run["row_bytes"], run["rows_together"]
-    if columns == entry_columns and head_rows == 0 and row_bytes == 0:
+    across = run["is_transposed"] != 0
+    if columns == entry_columns and head_rows == 0 and row_bytes == 0 and not across:
         # Rows that touch are as good as one.
         columns = entry_columns = rows * columns
         rows = min(rows, 1)
@@ -176,7 +190,7 @@ def _fill_run(
             num_values = min(TILE_VALUES, num_rows * columns - first)
             num_units = -(-num_values // conversion["unit_values"])
             num_bytes = num_rows * row_bytes if apart else num_units * conversion["unit_bytes"]
-            made = scratch if num_rows > 1 else place + first * value_bytes
+            made = scratch if num_rows > 1 or across else place + first * value_bytes
             raw = made if in_place else scratch + _TILE_BYTES
             fault, detail = _read(fd, offset, raw, num_bytes)
             if fault == 0:
@@ -190,11 +204,18 @@ def _fill_run(
             offset += num_bytes
             first_value += num_values
         made_bytes, entry_bytes = columns * value_bytes, entry_columns * value_bytes
+        if across:
+            _set_across(scratch, num_rows, columns, place, entry_bytes, value_bytes)
+            place += num_rows * value_bytes
+            continue
         if num_rows > 1:
             _set_apart(scratch, num_rows, made_bytes, place, entry_bytes, head_rows)
         else:
             memset(place + made_bytes, 0, entry_bytes - made_bytes)
         place += num_rows * entry_bytes
+    if across:
+        # It stands at the end of the image's first row, and there are as many as columns.
+        place += (columns - 1) * entry_columns * value_bytes
     memset(place, 0, run["num_zeros"])
     return Fault.NONE.value, 0
 

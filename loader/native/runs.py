@@ -110,7 +110,7 @@ class Turn(IntEnum):
 _RUN_FIELDS = (
     *("file", "file_offset", "tensor", "conversion", "scaling", "first_value", "rows", "columns"),
     *("stage", "stage_offset", "entry_columns", "num_zeros", "head_rows"),
-    *("row_bytes", "rows_together"),
+    *("row_bytes", "rows_together", "is_transposed"),
 )
 
 # Of bfloat16 512 KiB, half of a common second-level cache. The larger a read, the faster the system
@@ -132,6 +132,9 @@ Where ``head_rows`` is not 0, as many rows are a head, and the file has those of
 turns: they become the one half, then the other. Where ``rows_together`` is above 1, a unit begins,
 or a head, only every so many rows: what is converted in one go has a multiple of it, and so has
 the run, unless it is the tensor's last.
+
+Where ``is_transposed`` is not 0, the values become ``[columns, entry_columns]`` instead, a row of
+the file a column of the image; there are ``entry_columns`` rows, and no heads.
 """
 
 # Float32 then does not leave the first-level cache.

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from loader.peft_config import parse_config
 from tests.e2e.conftest import DEVICE
 from tests.e2e.harness import serving
+from tests.e2e.peft_answers import NUM_TOKENS, answers_of_peft
 from tools.tiny_model.cache import TinyModel
-from tools.tiny_model.tokenizer import EOS_ID, prompt_token_ids
 
 pytestmark = pytest.mark.e2e
 
-NUM_TOKENS = 24
 COMPUTED = "its row scales took"
 
 
@@ -42,26 +40,6 @@ def write_dora(tiny_model: TinyModel, voice: str, folder: Path, seed: int) -> Pa
     fields = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(fields | {"use_dora": True}))
     return folder
-
-
-def answers_of_peft(tiny_model: TinyModel, folder: Path) -> list[str]:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(tiny_model.base).float()
-    model: Any = PeftModel.from_pretrained(base, folder)
-    answers = []
-    for prompt in tiny_model.prompts[:4]:
-        token_ids = torch.tensor([prompt_token_ids(prompt)])
-        output = model.generate(
-            input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-        )[0, token_ids.shape[1] :].tolist()
-        end = output.index(EOS_ID) if EOS_ID in output else len(output)
-        answers.append(bytes(output[:end]).decode(errors="replace"))
-    return answers
 
 
 def test_dora_adapters_answer_as_in_peft(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from engine.kv_cache import KvCache
 from engine.lora.linear import LoraBackend, ReferenceLora
 from engine.lora.pool import AdapterPool
 from engine.lora.slots import ResidentTable
+from engine.lora.vocab import VocabTable
 from engine.model_runner import ModelRunner
 from engine.models.config import read_model_config
 from engine.models.dummy import make_dummy_model
 from engine.plan import LaunchedStep, LayerGroup, SampledToken, ScheduledChunk, StepPlan
 from engine.sampler import Sampler
 from engine.sequence import Sequence as TokenSequence
-from ipc.base_model import BaseModel, DType
+from ipc.base_model import EMBED_MODULE, HEAD_MODULE, BaseModel, DType
 from ipc.image import AdapterModule
 from ipc.messages import AdapterId, SamplingParams
 from tests.engine.lora_images import POISON, LoraImage, make_image
@@ -61,8 +62,11 @@ def splits(num_layers: int) -> Iterator[tuple[range, ...]]:
         yield tuple(map(range, bounds, [*bounds[1:], num_layers]))
 
 
-def make_adapter(base: BaseModel, seed: int) -> LoraImage:
-    """Rank 8 on two linears of every layer, strong enough to change what is drawn."""
+def make_adapter(base: BaseModel, seed: int, has_vocab: bool = False) -> LoraImage:
+    """Rank 8 on two linears of every layer, strong enough to change what is drawn.
+
+    ``has_vocab``: on embedding and head as well.
+    """
     generator = torch.Generator().manual_seed(seed)
     modules, pairs = [], {}
     for layer in range(base.num_layers):
@@ -72,6 +76,15 @@ def make_adapter(base: BaseModel, seed: int) -> LoraImage:
             a = torch.randn(8, linear.in_features, generator=generator)
             b = torch.randn(linear.out_features, 8, generator=generator)
             pairs[stage, name] = a, b
+    if has_vocab:
+        vocab, hidden = base.vocab_size, base.hidden_size
+        for stage, name, out_features, in_features in (
+            (0, EMBED_MODULE, hidden, vocab),
+            (base.head_stage, HEAD_MODULE, vocab, hidden),
+        ):
+            modules.append(AdapterModule(stage, name, 8, 0.5))
+            a = torch.randn(8, in_features, generator=generator)
+            pairs[stage, name] = a, torch.randn(out_features, 8, generator=generator)
     return make_image(base, modules, pairs)
 
 
@@ -91,15 +104,18 @@ class LayerRig:
         self._device = device
         attention: AttentionBackend = PagedAttention(self.cache, device)
         lora: LoraBackend = ReferenceLora(self._pool)
-        self._table: ResidentTable = self._pool
+        table: ResidentTable = self._pool
         if isinstance(device, CudaDevice):
-            attention, lora, self._table = self._open_cuda(device, config.num_heads)
+            attention, lora, table = self._open_cuda(device, config.num_heads)
+        vocab = VocabTable(self.base, self._pool)
+        self._tables = (table, vocab)
         drawn = torch.zeros(NUM_BLOCKS, dtype=torch.int64, device=device.torch_device)
         self.runner = ModelRunner(
             make_dummy_model(config, DType.FLOAT32, device, seed=1),
             BLOCK_SIZE,
             attention,
             lora,
+            vocab,
             Sampler(device, ()),
             device,
             drawn,
@@ -122,20 +138,23 @@ class LayerRig:
         lora = TritonLora(self.base, self._pool, table, device, MAX_ROWS, 64)
         return open_cuda_attention(self.cache, device, num_heads), lora, table
 
-    def install(self, number: int) -> AdapterId:
-        """A new adapter in the pool's table, none of whose layers is there."""
-        image, adapter_id = make_adapter(self.base, number), AdapterId(number)
+    def install(self, number: int, has_vocab: bool = False) -> AdapterId:
+        """A new adapter in the pool's tables, none of whose layers is there."""
+        image, adapter_id = make_adapter(self.base, number, has_vocab), AdapterId(number)
         starts = [stage.offset + self._free_extent for stage in image.layout.stages]
         self._free_extent += image.layout.num_bytes
         self._images[adapter_id] = image, tuple(starts)
         with self._device.forward_stream():
-            self._table.install(adapter_id, image.modules, image.layout, tuple(starts))
+            for table in self._tables:
+                table.install(adapter_id, image.modules, image.layout, tuple(starts))
         return adapter_id
 
     def place(self, adapter_id: AdapterId, layers: range = range(NUM_LAYERS)) -> None:
+        """These layers are there; with the first the embedding, with the last the head."""
         image, extents = self._images[adapter_id]
-        for layer in layers:
-            stage = self.base.layer_stage(layer)
+        stages = [self.base.layer_stage(layer) for layer in layers]
+        stages += [0] * (0 in layers) + [self.base.head_stage] * (NUM_LAYERS - 1 in layers)
+        for stage in stages:
             view = self._pool.extent_view(extents[stage], image.layout.stages[stage].num_bytes)
             view.copy_(image.stage_bytes(self.base, stage))
         self._device.synchronize()

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import pad
 
 from engine.device import torch_dtype
 from engine.lora.pool import AdapterPool
+from engine.lora.slots import ResidentTable
 from ipc.base_model import BaseModel
 from ipc.image import AdapterModule, EntryKind, ImageLayout, layout_image, padded_rank
 from ipc.messages import AdapterId
@@ -20,6 +22,34 @@ ModuleKey = tuple[int, str]
 
 # 0xFF in every byte is a NaN of float32, float16 and bfloat16.
 POISON = 0xFF
+
+
+class Image(Protocol):
+    """One adapter's bytes."""
+
+    @property
+    def modules(self) -> tuple[AdapterModule, ...]: ...
+
+    @property
+    def layout(self) -> ImageLayout: ...
+
+    def stage_bytes(self, base: BaseModel, stage: int) -> Tensor:
+        """``[num_bytes]`` uint8 of the stage."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """An image that the loader has made: ``payload`` are its bytes."""
+
+    modules: tuple[AdapterModule, ...]
+    layout: ImageLayout
+    payload: bytes
+
+    def stage_bytes(self, base: BaseModel, stage: int) -> Tensor:
+        of_stage = self.layout.stages[stage]
+        image = torch.frombuffer(bytearray(self.payload), dtype=torch.uint8)
+        return image[of_stage.offset : of_stage.offset + of_stage.num_bytes]
 
 
 @dataclass(frozen=True)
@@ -107,13 +137,15 @@ def make_image(
 class ScatteredPool:
     """A pool in which stages lie far apart, in falling order, between poisoned gaps."""
 
-    def __init__(self, base: BaseModel, pool: AdapterPool) -> None:
+    def __init__(self, base: BaseModel, pool: AdapterPool, *others: ResidentTable) -> None:
+        """Adapters come into the tables ``others`` as well."""
         self._base = base
         self._pool = pool
+        self._tables = (pool, *others)
         self._free_below = pool.num_bytes // 128 * 128
         pool.extent_view(0, pool.num_bytes).fill_(POISON)
 
-    def install(self, adapter_id: AdapterId, image: LoraImage) -> None:
+    def install(self, adapter_id: AdapterId, image: Image) -> None:
         extents = []
         for stage, num_bytes in enumerate(image.layout.stage_bytes):
             self._free_below -= num_bytes + 128 * (1 + stage % 3)
@@ -121,4 +153,5 @@ class ScatteredPool:
             if num_bytes:
                 view = self._pool.extent_view(self._free_below, num_bytes)
                 view.copy_(image.stage_bytes(self._base, stage))
-        self._pool.install(adapter_id, image.modules, image.layout, tuple(extents))
+        for table in self._tables:
+            table.install(adapter_id, image.modules, image.layout, tuple(extents))

@@ -11,6 +11,7 @@ from engine.device import CudaDevice, Device
 from engine.kv_cache import KvCache
 from engine.lora.linear import ReferenceLora
 from engine.lora.pool import AdapterPool
+from engine.lora.vocab import VocabTable
 from engine.model_runner import ModelRunner, StepGraphs
 from engine.models.config import read_model_config
 from engine.models.weights import load_model
@@ -19,7 +20,7 @@ from engine.sampler import Sampler
 from engine.sequence import Sequence, SequenceId
 from ipc.base_model import DType
 from ipc.messages import AdapterId, RequestId, SamplingParams
-from tests.engine.lora_images import LoraImage, ScatteredPool
+from tests.engine.lora_images import Image, ScatteredPool
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 400
@@ -76,13 +77,15 @@ class Rig:
         for memory in (*cache.keys, *cache.values):
             memory.fill_(torch.nan)
         pool = AdapterPool(self.base, POOL_BYTES, device)
-        self._pool = ScatteredPool(self.base, pool)
+        vocab = VocabTable(self.base, pool)
+        self._pool = ScatteredPool(self.base, pool, vocab)
         decoder = load_model(self.config, folder, dtype, device)
         self._runner = ModelRunner(
             decoder,
             BLOCK_SIZE,
             _open_attention(cache, device, self.config.num_heads),
             ReferenceLora(pool),
+            vocab,
             Sampler(device, self.config.eos_token_ids),
             device,
             torch.zeros(NUM_BLOCKS, dtype=torch.int64, device=device.torch_device),
@@ -93,7 +96,7 @@ class Rig:
         self._num_sequences = 0
         device.synchronize()
 
-    def install(self, number: int, image: LoraImage) -> AdapterId:
+    def install(self, number: int, image: Image) -> AdapterId:
         adapter_id = AdapterId(number)
         self._pool.install(adapter_id, image)
         return adapter_id

@@ -79,9 +79,9 @@ def test_an_adapter_that_is_not_resident_never_passes_for_the_base() -> None:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (AdapterModule(0, "embed_tokens", 8, 1.0), "got lora_a of embed_tokens"),
-        (AdapterModule(3, "lm_head", 0, 1.0, whole=True), "got whole of lm_head"),
-        (AdapterModule(3, "lm_head", 8, 1.0, row_scale=True), "got lora_a of lm_head"),
+        (AdapterModule(0, "embed_tokens", 8, 1.0, bias=True), "got bias of embed_tokens"),
+        (AdapterModule(3, "lm_head", 8, 1.0, row_scale=True), "got row_scale of lm_head"),
+        (AdapterModule(1, "q_proj", 0, 1.0, whole=True), "got whole of q_proj"),
         (AdapterModule(1, "q_proj", 0, 1.0, row_scale=True), "got row_scale of q_proj"),
         (AdapterModule(2, "k_proj", 0, 1.0, bias=True), "got bias of k_proj"),
     ],

@@ -49,6 +49,23 @@ def test_every_split_gives_the_same_token_and_the_same_keys_and_values(
         assert torch.equal(rig.stored(split, length), stored), groups
 
 
+def test_an_embedding_is_there_with_the_first_layer_and_a_head_with_the_last(
+    rig: LayerRig,
+) -> None:
+    plain, adapter_id = rig.install(1), rig.install(1001, has_vocab=True)
+    rig.place(adapter_id)
+    whole = rig.sequence(prompt(9), adapter_id)
+    expected = rig.run_whole(chunk_of(whole, 0, 9))
+    stored = rig.stored(whole, 9)
+    for groups in SPLITS:
+        rig.take_away(adapter_id)
+        split = rig.sequence(prompt(9), adapter_id)
+        assert rig.run_groups(chunk_of(split, 0, 9), groups) == expected, groups
+        assert torch.equal(rig.stored(split, 9), stored), groups
+    rig.place(plain)
+    assert rig.run_whole(chunk_of(rig.sequence(prompt(9), plain), 0, 9)) != expected
+
+
 def test_the_adapter_is_applied(rig: LayerRig) -> None:
     adapter_id = rig.install(1)
     adapted, plain = (rig.sequence(prompt(9), each) for each in (adapter_id, None))

@@ -12,8 +12,9 @@ from engine.config import DeviceKind
 from engine.device import open_device
 from engine.plan import LaunchedStep, SampledToken, ScheduledChunk, StepPlan
 from engine.sequence import Sequence
+from ipc.image import AdapterModule
 from ipc.messages import AdapterId, SamplingParams
-from tests.engine.lora_images import image_of_peft
+from tests.engine.lora_images import image_of_peft, make_image
 from tests.engine.rig import Rig
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, Oracle
 
@@ -124,3 +125,26 @@ def test_graphs_take_decodes_and_no_prefill_however_short(tmp_path: Path) -> Non
     # What is left of it is a prefill.
     assert rig.run((part, 2))[0].token_id == expected
     assert graphs.num_rows == [2]
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_graphs_take_no_decode_beside_an_embedding_or_head_of_an_adapters_own(
+    module: str, tmp_path: Path
+) -> None:
+    Oracle("llama", tmp_path)
+    device = open_device(DeviceKind.CPU)
+    graphs = MarkedGraphs()
+    rig = Rig(tmp_path, device, graphs=graphs)
+    base = rig.base
+    stage, out, inputs = base.head_stage, base.vocab_size, base.hidden_size
+    if module == "embed_tokens":
+        stage, out, inputs = 0, base.hidden_size, base.vocab_size
+    pairs = {(stage, module): (torch.ones(8, inputs), torch.ones(out, 8))}
+    image = make_image(base, [AdapterModule(stage, module, 8, 1.0)], pairs)
+    adapter_id = rig.install(1, image)
+    own, plain = rig.sequence([1, 2], adapter_id), rig.sequence([4, 5])
+    rig.run((own, 1), (plain, 1))
+    rig.run((own, 1), (plain, 1))
+    assert graphs.num_rows == []
+    rig.run((rig.sequence([7]), 1))
+    assert graphs.num_rows == [1]

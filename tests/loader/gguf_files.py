@@ -10,7 +10,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
-from ipc.base_model import BaseModel
+from ipc.base_model import EMBED_MODULE, HEAD_MODULE, BaseModel, LinearShape
+from loader.vocab_shapes import embedding_shape, head_shape
 from tests.adapters import StoredTensor, make_old, tensor_name
 
 Values = NDArray[np.float32]
@@ -74,6 +75,25 @@ def parted(rows: Values, num_heads: int) -> Values:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+def shape_of(base: BaseModel, module: str) -> LinearShape:
+    match module:
+        case "embed_tokens":
+            return embedding_shape(base)
+        case "lm_head":
+            return head_shape(base)
+    return base.linear(module)
+
+
+def plain_name(module: str, factor: str) -> str:
+    """PEFT's name of a factor, of the first layer where it is a layer's."""
+    match module:
+        case "embed_tokens":
+            return f"base_model.model.model.embed_tokens.{factor.replace('_', '_embedding_')}"
+        case "lm_head":
+            return f"base_model.model.lm_head.{factor}.weight"
+    return tensor_name(0, module, factor)
+
+
 class Written:
     """A GGUF adapter in ``path``, and as a PEFT adapter the values that it stands for."""
 
@@ -98,13 +118,15 @@ class Written:
         change(writer)
         self.path, self.plain = path, {}
         for module, name in names.items():
-            shape = base.linear(module)
+            shape = shape_of(base, module)
             heads = {"q_proj": base.num_heads, "k_proj": base.num_kv_heads}.get(module)
             for factor, size in (
                 ("lora_A", (rank, shape.in_features)),
                 ("lora_B", (shape.out_features, rank)),
             ):
                 kind = kinds()
+                is_across = (module, factor) == (EMBED_MODULE, "lora_A")
+                size = size[::-1] if is_across else size
                 values = rng.standard_normal(size, np.float32)
                 takes_turns = architecture == "llama" and factor == "lora_B"
                 if takes_turns and heads is not None:
@@ -112,13 +134,16 @@ class Written:
                 stored = (
                     random_blocks(kind, *size, rng) if kind in MADE_UP else quantize(values, kind)
                 )
-                full = f"blk.0.{name}.weight.{factor.lower()}"
+                prefix = "" if module in (EMBED_MODULE, HEAD_MODULE) else "blk.0."
+                full = f"{prefix}{name}.weight.{factor.lower()}"
                 if full != drop:
                     writer.add_tensor(full, stored, raw_dtype=kind)
                 stands_for = dequantize(stored, kind).reshape(size).astype(np.float32)
                 if takes_turns and heads is not None:
                     stands_for = parted(stands_for, heads)
-                self.plain[tensor_name(0, module, factor)] = StoredTensor.of(stands_for)
+                if is_across:
+                    stands_for = np.ascontiguousarray(stands_for.T)
+                self.plain[plain_name(module, factor)] = StoredTensor.of(stands_for)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

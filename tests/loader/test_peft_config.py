@@ -150,7 +150,12 @@ def test_all_linear_targets_every_linear_layer() -> None:
     ("fields", "message"),
     [
         ({"use_dora": "yes"}, "use_dora is 'yes', expected None or False or True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], expected null"),
+        (
+            {"modules_to_save": ["lm_head", "norm"]},
+            "modules_to_save is ['lm_head', 'norm'], expected null or some of embed_tokens, model.",
+        ),
+        ({"modules_to_save": [None]}, "modules_to_save is [None], expected null or some of embed"),
+        ({"ensure_weight_tying": 1}, "ensure_weight_tying is 1, expected None or False or True"),
         ({"bias": "some"}, "bias is 'some', expected None or 'none' or 'all' or 'lora_only'"),
         ({"fan_in_fan_out": 1}, "fan_in_fan_out is 1, expected None or False or True"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from ipc.base_model import LINEAR_MODULES, DType
 from ipc.messages import AdapterId, Manifest
@@ -22,6 +23,7 @@ from tests.adapters import (
     write_folder,
 )
 from tests.e2e.test_quantized_adapters import requantize, write_gguf
+from tests.e2e.test_vocab_adapters import write_pairs, write_whole
 from tests.loader.dora import bias_name, deriver_of, write_dora
 from tests.loader.images import source_of
 from tests.loader.quantizers import row_scaled
@@ -274,3 +276,38 @@ def test_bytes_are_told_in_thousands(num_bytes: int, text: str) -> None:
 )
 def test_layers_are_told_in_ranges(numbers: tuple[int, ...], text: str) -> None:
     assert format_ranges(numbers) == text
+
+
+def test_embedding_and_head_are_told_with_the_model_and_without(
+    tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pairs(tiny_model, "shout", tmp_path / "pairs", seed=1)
+    of_model: tuple[str | Path, ...] = ("--model", tiny_model.base)
+    for options in ((), of_model):
+        status, output, _ = inspect(capsys, folder, *options)
+        assert status == 0
+        rows = [line.split() for line in output.splitlines()]
+        first = next(index for index, row in enumerate(rows) if row[:1] == ["embed_tokens"])
+        assert rows[-1][0] == "lm_head" and rows[first][1] == rows[-1][1] == "16"
+        assert ["copies", "of", "the", "base's", "own"] in [row[:5] for row in rows]
+    assert "equal to them" in output
+
+
+def test_a_whole_head_has_no_rank(
+    tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_whole(tiny_model, "shout", tmp_path / "whole", seed=1)
+    _, output, _ = inspect(capsys, folder, "--model", tiny_model.base)
+    assert output.splitlines()[-1].split()[:2] == ["lm_head", "whole"]
+
+
+def test_a_copy_that_differs_is_refused_with_the_model(
+    tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pairs(tiny_model, "shout", tmp_path / "pairs", seed=1)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.base_layer.weight"][5, 0] += 1.0
+    save_file(tensors, path)
+    status, _, error = inspect(capsys, folder, "--model", tiny_model.base)
+    assert status == 1 and "row 5 of tensor" in error

@@ -48,6 +48,25 @@ def test_rows_are_filled_up_with_zeros(
     assert filled == (Fault.NONE, 0, 0, expected.tobytes())
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (7, 3), (5, 8), (TILE_VALUES // 3 + 2, 3), (2, TILE_VALUES)]
+)
+@pytest.mark.parametrize("target", [FLOAT32, FLOAT16])
+def test_rows_become_columns_with_zeros_behind_them(
+    tmp_path: Path, rows: int, columns: int, target: Format
+) -> None:
+    values = np.arange(rows * columns) % 2000 + 1
+    (tmp_path / "file").write_bytes(values.astype(np.float32).tobytes())
+    zeros = 6 * target.unit_bytes
+    turned = {"entry_columns": rows, "is_transposed": 1, "num_zeros": zeros}
+    runs = [run(FLOAT32, target, rows, columns, **turned)]
+    num_bytes = rows * columns * target.unit_bytes
+    filled = fill_runs(tmp_path / "file", runs, num_bytes + zeros)
+    dtype = np.float32 if target is FLOAT32 else np.float16
+    expected = values.reshape(rows, columns).T.astype(dtype).tobytes() + bytes(zeros)
+    assert filled == (Fault.NONE, 0, 0, expected)
+
+
 def test_zeros_follow_the_last_row_and_what_lies_between_runs_is_left_alone(
     tmp_path: Path,
 ) -> None:
