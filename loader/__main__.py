@@ -1,6 +1,7 @@
 """The loader's process: ``python -m loader``, started by the supervisor."""
 
 import asyncio
+import resource
 import signal
 import sys
 
@@ -29,6 +30,9 @@ async def serve(child: Child[LoaderConfig], service: LoaderService) -> None:
 def main() -> int:
     child = adopt(LoaderConfig)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # An adapter of another machine takes a descriptor for as long as it is registered.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     recorder = open_recorder(child.config.trace, "loader")
     try:
         service = LoaderService(

@@ -28,7 +28,8 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ``host_tier_bytes`` is the whole memory for adapter images, so it bounds each of them.
     ``inject_read_delay_s`` is for tests alone: every block of a file is held back that long
     before it is read, as a slow disk would; a small adapter is one block.
-    ``adapter_sources`` are prefixes of addresses on other machines where adapters may lie. They
+    ``adapter_sources`` are prefixes of addresses on other machines where adapters may lie, and
+    ``adapter_addresses`` such addresses, each by itself. They
     are kept in the folder ``adapter_cache``, absolute, None for one below the user's own: at most
     ``adapter_cache_bytes`` of them. Fetching one may take ``adapter_fetch_timeout_s``.
     Row scales that were computed are kept in the folder ``row_scale_cache``, absolute, None for
@@ -43,6 +44,7 @@ class LoaderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     num_read_threads: int = default_read_threads()
     read_block_bytes: int = 8 * MiB
     adapter_sources: tuple[str, ...] = ()
+    adapter_addresses: tuple[str, ...] = ()
     adapter_cache: str | None = None
     adapter_cache_bytes: int = 64 * GiB
     adapter_fetch_timeout_s: float = 1800.0

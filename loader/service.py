@@ -104,7 +104,10 @@ class LoaderService:
             config.adapter_cache_bytes,
         )
         self._fetcher = Fetcher(
-            adapter_cache, config.adapter_sources, config.adapter_fetch_timeout_s
+            adapter_cache,
+            config.adapter_sources,
+            config.adapter_fetch_timeout_s,
+            config.adapter_addresses,
         )
         roots = (*config.adapter_roots, str(adapter_cache.entries))
         self._folders = AdapterFolders(roots, config.lora_dir)

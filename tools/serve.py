@@ -132,12 +132,14 @@ def plan_server(arguments: argparse.Namespace) -> ServePlan:
     # ``dict`` keeps the order and drops what is named twice.
     paths = [adapter.path for adapter in adapters]
     allowed = dict.fromkeys([*(path for path in paths if not is_remote(path)), *map(str, roots)])
-    sources = dict.fromkeys([*filter(is_remote, paths), *map(_source, arguments.adapter_source)])
+    addresses = dict.fromkeys(filter(is_remote, paths))
+    sources = dict.fromkeys(map(_source, arguments.adapter_source))
     supervisor = SupervisorConfig(**given_values(arguments, SupervisorConfig))
     try:
         loader = LoaderConfig(
             adapter_roots=tuple(allowed),
             adapter_sources=tuple(sources),
+            adapter_addresses=tuple(addresses),
             lora_dir=str(lora_dir) if lora_dir else None,
             model=str(model),
             trace=supervisor.trace,

@@ -83,9 +83,12 @@ class AdapterCache:
     """At most ``max_bytes`` of adapters below ``folder``. Safe to use from many threads."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder = folder
+        # Who names an entry later does it without symbolic links.
+        self.folder = folder.resolve()
         self.max_bytes = max_bytes
         self._held: dict[AdapterId, int] = {}
+        # What fetches of this process will have taken at their end, by their folders.
+        self._reserved: dict[Path, int] = {}
 
     @property
     def entries(self) -> Path:
@@ -128,7 +131,10 @@ class AdapterCache:
         with _locked(self._partial / f"{name}.lock", fcntl.LOCK_EX):
             folder = self._partial / name
             folder.mkdir(exist_ok=True, mode=0o700)
-            yield folder
+            try:
+                yield folder
+            finally:
+                self._reserved.pop(folder, None)
             with contextlib.suppress(OSError):
                 (self._partial / f"{name}.lock").unlink()
 
@@ -174,11 +180,13 @@ class AdapterCache:
                 [(_last_use(entry.folder), entry.folder) for entry in self._all()]
                 + [(_last_use(folder), folder) for folder in others]
             )
-            used = sum(_size(folder) for _, folder in idle)
-            for _, folder in idle:
+            sizes = {
+                folder: max(_size(folder), self._reserved.get(folder, 0)) for _, folder in idle
+            }
+            used = sum(sizes.values())
+            for folder, size in sizes.items():
                 if used + num_bytes <= self.max_bytes:
-                    return
-                size = _size(folder)
+                    break
                 if self._remove_unused(folder):
                     logger.info("adapter cache: %s made room of %d bytes", folder.name, size)
                     used -= size
@@ -187,6 +195,7 @@ class AdapterCache:
                     f"adapter cache {self.folder} has no room: {num_bytes} bytes needed,"
                     f" {used} of --adapter-cache-size {self.max_bytes} are in use"
                 )
+            self._reserved[beside] = num_bytes
 
     def hold(self, adapter_id: AdapterId, entry: Path) -> None:
         """Keeps an entry, as used now, until ``let_go``.
@@ -228,18 +237,25 @@ class AdapterCache:
             folders = [each for each in self.entries.iterdir() if not each.name.startswith(".")]
         except FileNotFoundError:
             return []
-        found = [(folder, self._read(folder)) for folder in folders]
-        for folder, entry in found:
-            if entry is None:
-                logger.warning("adapter cache: %s is damaged, and is removed", folder)
-                _remove(folder)
-        return [entry for _, entry in found if entry is not None]
+        found = []
+        for folder in folders:
+            try:
+                entry = self._read(folder)
+            except OSError as error:
+                # As where there are no descriptors left: it says nothing of the entry.
+                logger.warning("adapter cache: %s can not be read: %s", folder, error)
+                continue
+            if entry is not None:
+                found.append(entry)
+            elif self._remove_unused(folder):
+                logger.warning("adapter cache: %s was damaged, and is removed", folder)
+        return found
 
     def _read(self, folder: Path) -> Entry | None:
         try:
             text = (folder / ENTRY_NAME).read_bytes()
             record = msgspec.json.decode(text, type=EntryRecord)
-        except (OSError, msgspec.MsgspecError):
+        except (FileNotFoundError, msgspec.MsgspecError):
             return None
         return Entry(folder, record) if record.version == _VERSION else None
 

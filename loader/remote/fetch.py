@@ -47,8 +47,8 @@ _NICENESS = 10
 class Fetcher:
     """Fetches what ``allowed`` prefixes permit, within ``timeout_s`` each.
 
-    Calls block; several may go on at once, and two of one adapter share one transfer.
-    ``open_at`` finds an adapter at its source.
+    ``addresses`` are allowed as well, each by itself. Calls block; several may go on at once, and
+    two of one adapter share one transfer. ``open_at`` finds an adapter at its source.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Fetcher:
         cache: AdapterCache,
         allowed: tuple[str, ...],
         timeout_s: float,
+        addresses: tuple[str, ...] = (),
         open_at: Callable[[Address, tuple[str, ...]], Origin] = open_origin,
         sleep: Callable[[float], None] = time.sleep,
         now_s: Callable[[], float] = time.monotonic,
@@ -63,6 +64,7 @@ class Fetcher:
         self._cache = cache
         self._allowed = allowed
         self._timeout_s = timeout_s
+        self._addresses = frozenset(addresses)
         self._open_at = open_at
         self._sleep = sleep
         self._now_s = now_s
@@ -78,11 +80,11 @@ class Fetcher:
             SidestreamError: it is not allowed, not there, not whole, or can not be had in time.
         """
         address = parse_address(path)
-        if not is_allowed(address, self._allowed):
+        if str(address) not in self._addresses and not is_allowed(address, self._allowed):
             allowed = ", ".join(self._allowed) or "none"
             raise _not_allowed(address, allowed)
         # Reads of files and copies to the device go first. Linux has a niceness for each thread.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        _step_back()
         deadline_s = self._now_s() + self._timeout_s
         self._wanted.add(adapter_id)
         try:
@@ -194,7 +196,8 @@ class Fetcher:
         """Reads what is missing of ``path``; the SHA-256 of all of it."""
         digest = hashlib.sha256()
         with open(path, "ab+") as target:
-            if os.fstat(target.fileno()).st_size > file.num_bytes:
+            present = os.fstat(target.fileno()).st_size
+            if present > file.num_bytes or (present and not file.can_resume):
                 target.truncate(0)
             target.seek(0)
             while piece := target.read(1 << 20):
@@ -222,6 +225,13 @@ class Fetcher:
                 )
             )
         return digest.hexdigest()
+
+
+def _step_back() -> None:
+    """Gives the calling thread at least ``_NICENESS``."""
+    thread = threading.get_native_id()
+    if os.getpriority(os.PRIO_PROCESS, thread) < _NICENESS:
+        os.setpriority(os.PRIO_PROCESS, thread, _NICENESS)
 
 
 def list_files(origin: Origin) -> tuple[RemoteFile, ...]:

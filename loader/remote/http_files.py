@@ -59,7 +59,10 @@ class HttpFiles:
                     raise AdapterInvalid(
                         f"{url}: expected a Content-Length in the answer to HEAD, got {length!r}"
                     )
-                return RemoteFile(name, int(length), response.headers.get("etag", ""))
+                tag = response.headers.get("etag", "")
+                # A weak tag does not say that bytes are equal.
+                is_strong = bool(tag) and not tag.startswith("W/")
+                return RemoteFile(name, int(length), tag, can_resume=is_strong)
         except httpx.HTTPError as error:
             raise _unreachable("HEAD", url, error) from error
 
@@ -68,8 +71,7 @@ class HttpFiles:
         headers = {}
         if start:
             headers["range"] = f"bytes={start}-"
-            # A weak tag does not say that bytes are equal.
-            if file.tag and not file.tag.startswith("W/"):
+            if file.tag:
                 headers["if-range"] = file.tag
         try:
             with self._open("GET", url, headers) as response:
@@ -124,7 +126,7 @@ class _Response:
             if response.status_code not in _REDIRECTS:
                 return response
             response.close()
-            target = urljoin(url, response.headers.get("location", ""))
+            target = self._target(url, response)
             if _site(target) != _site(url):
                 if not self._may_follow(target):
                     raise AdapterInvalid(
@@ -133,6 +135,17 @@ class _Response:
                 headers = dict(self._headers)
             url = target
         raise AdapterInvalid(f"{self._url} redirects more than {_MAX_REDIRECTS} times")
+
+    def _target(self, url: str, response: httpx.Response) -> str:
+        location: str = response.headers.get("location", "")
+        try:
+            target = urljoin(url, location)
+            _site(target)
+        except (ValueError, httpx.InvalidURL) as error:
+            raise AdapterInvalid(
+                f"{self._url} redirects to {location[:200]!r}, which is no address"
+            ) from error
+        return target
 
     def __exit__(self, *_: object) -> None:
         if self._response is not None:

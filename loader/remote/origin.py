@@ -13,13 +13,16 @@ class RemoteFile:
     """A file as its source describes it.
 
     ``tag`` changes with the content (an ETag, a blob's hash), empty where the source has none;
-    ``sha256`` is of the content, in hexadecimal, None where the source does not say.
+    ``sha256`` is of the content, in hexadecimal, None where the source does not say. Unless it
+    ``can_resume``, nothing tells what was read from what is there later: a transfer that broke off
+    begins anew.
     """
 
     name: str
     num_bytes: int
     tag: str
     sha256: str | None = None
+    can_resume: bool = True
 
 
 class InterruptedRead(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ipc.errors import AdapterNotFound, InvalidRequest, SidestreamError, Unavailable
 from loader.remote.address import Address, is_allowed, parse_address
-from loader.remote.origin import InterruptedRead, Origin, RemoteFile
+from loader.remote.origin import ChangedFile, InterruptedRead, Origin, RemoteFile
 
 RETRY_AFTER_S = 5.0
 _ANSWER_TIMEOUT_S = 10.0
@@ -158,6 +158,9 @@ class S3Origin:
             if len(piece) < stop - start:
                 return
             start = stop
+        # Another object may have taken its place between two pieces.
+        if self.find(file.name) != file:
+            raise ChangedFile
 
     def _key(self, name: str) -> str:
         return f"{self.address.host}/{self.address.path_of(name)}"

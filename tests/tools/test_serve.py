@@ -141,8 +141,8 @@ def test_sources_on_other_machines_are_allowed_as_they_are_given(model: Path) ->
         *("--adapter-fetch-timeout", "7"),
     )
     assert made.engine.adapters == (StartAdapter("far", "hf://team/x@v1"),)
+    assert made.loader.adapter_addresses == ("hf://team/x@v1",)
     assert made.loader.adapter_sources == (
-        "hf://team/x@v1",
         "https://host/team",
         "hf://team/",
         "s3://",
