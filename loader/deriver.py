@@ -16,7 +16,6 @@ from dataclasses import replace
 
 import msgspec
 
-from ipc.base_model import EMBED_MODULE, HEAD_MODULE
 from ipc.errors import AdapterInvalid, Cancelled, Unavailable
 from ipc.image import EntryKind
 from ipc.messages import AdapterSource, FileIdentity, Generation, Manifest
@@ -78,8 +77,8 @@ class Deriver:
         """
         if any(module.row_scale or module.bias for module in manifest.modules):
             self._weights_folder()
-        if any(module.module in (EMBED_MODULE, HEAD_MODULE) for module in manifest.modules):
-            self._check_copies(AdapterSource(manifest.path, manifest.generation))
+        # Copies may stand beside pairs of any modules, and no module of the manifest tells of them.
+        self._check_copies(AdapterSource(manifest.path, manifest.generation))
         return manifest
 
     def open(self, source: AdapterSource) -> OpenAdapter:

@@ -8,7 +8,11 @@
 | ``<path>.weight`` of ``modules_to_save``                 | the whole table, ``[vocab, hidden]``, |
 |                                                          | in the place of the base's            |
 | ``<path>.base_layer.weight`` of a targeted module,       | the base's own, as a copy: PEFT       |
-| ``<path>.weight`` of any other                           | writes it unless it is told not to    |
+| ``<path>.original_module.weight`` of ``modules_to_save``,| writes it if it is told to, that of a |
+| ``<path>.weight`` of any other                           | targeted one unless it is told not to |
+| ``<path>.modules_to_save.weight``                        | the whole table, once more: PEFT      |
+|                                                          | writes it beside the copy, and never  |
+|                                                          | reads it                              |
 
 PEFT loads such a copy over the base's weight. It is not served, so it has to be equal, in the
 model's dtype (``loader.base_copies``).
@@ -22,6 +26,7 @@ Source: ``get_peft_model_state_dict``, ``BaseTuner._check_tied_modules`` and ``L
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -37,7 +42,10 @@ from loader.scales import StoredTensor
 from loader.strict_json import shorten
 
 _EMBED_PAIR = re.compile(r"base_model\.model\.model\.embed_tokens\.lora_embedding_([AB])")
-_WHOLE = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)\.(base_layer\.)?weight")
+_TABLE = re.compile(
+    r"base_model\.model\.(model\.embed_tokens|lm_head)"
+    r"(\.base_layer|\.original_module|\.modules_to_save)?\.weight"
+)
 _KINDS = {"A": EntryKind.LORA_A, "B": EntryKind.LORA_B}
 
 
@@ -80,32 +88,41 @@ class VocabChoice:
 class VocabTensors:
     """The tensors by the paths of their modules: the embedding's pair, and whole tables.
 
-    ``wholes`` are called ``<path>.weight``, ``base_layers`` ``<path>.base_layer.weight``.
+    ``wholes`` are called ``<path>.weight``, ``base_layers`` ``<path>.base_layer.weight``,
+    ``originals`` ``<path>.original_module.weight``, ``repeated`` ``<path>.modules_to_save.weight``.
     """
 
     embedding: dict[EntryKind, StoredTensor]
     wholes: dict[str, StoredTensor]
     base_layers: dict[str, StoredTensor]
+    originals: dict[str, StoredTensor]
+    repeated: dict[str, StoredTensor]
 
     @classmethod
     def gather(cls, tensors: Iterable[StoredTensor]) -> tuple["VocabTensors", list[StoredTensor]]:
         """What there is among ``tensors``, and those that are none of it."""
         embedding: dict[EntryKind, StoredTensor] = {}
-        wholes: dict[str, StoredTensor] = {}
-        base_layers: dict[str, StoredTensor] = {}
+        tables: defaultdict[str | None, dict[str, StoredTensor]] = defaultdict(dict)
         others = []
         for stored in tensors:
             if match := _EMBED_PAIR.fullmatch(stored.tensor.name):
                 embedding[_KINDS[match[1]]] = stored
-            elif match := _WHOLE.fullmatch(stored.tensor.name):
-                (base_layers if match[2] else wholes)[match[1]] = stored
+            elif match := _TABLE.fullmatch(stored.tensor.name):
+                tables[match[2]][match[1]] = stored
             else:
                 others.append(stored)
-        return cls(embedding, wholes, base_layers), others
+        gathered = cls(
+            embedding,
+            wholes=tables[None],
+            base_layers=tables[".base_layer"],
+            originals=tables[".original_module"],
+            repeated=tables[".modules_to_save"],
+        )
+        return gathered, others
 
     def sizes(self) -> tuple[list[int], list[int]]:
         """What the tensors have for the vocabulary's size, and for the hidden size."""
-        tables = (*self.wholes.values(), *self.base_layers.values())
+        tables = (*self.wholes.values(), *self.base_layers.values(), *self.originals.values())
         shapes = [stored.tensor.shape for stored in tables if len(stored.tensor.shape) == 2]
         vocab_sizes, hidden_sizes = ([shape[axis] for shape in shapes] for axis in range(2))
         for kind, stored in self.embedding.items():
@@ -128,8 +145,16 @@ class VocabTensors:
         ``where`` names the adapter's file.
 
         Raises:
-            AdapterInvalid: one is missing, or is no table of the base's vocabulary.
+            AdapterInvalid: one is missing, or is no table of the base's vocabulary; or the file has
+                what stands beside one, of a module that is not saved.
         """
+        for beside in (self.originals, self.repeated):
+            for path, stored in beside.items():
+                if path not in choice.saved:
+                    raise AdapterInvalid(
+                        f"{stored.file_name} has {shorten(stored.tensor.name, 160)}, but"
+                        f" modules_to_save of {CONFIG_NAME} does not have {path}"
+                    )
         for path in sorted(choice.saved):
             if path not in self.wholes:
                 raise AdapterInvalid(
@@ -162,6 +187,7 @@ class VocabTensors:
                 )
             if path not in choice.saved:
                 copies.append((path, stored))
+        copies += self.originals.items()
         for _, stored in copies:
             _check_table(stored, base)
         return tuple(

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import pytest
@@ -26,10 +26,13 @@ from tests.loader.images import read_open, source_of
 
 TOLERANCE = 1e-4
 CLEARLY = 0.05
+# Whether PEFT writes what the base has for embedding and head: "auto", beside their pairs alone.
+SaveLayers = bool | Literal["auto"]
 UNTIED, TIED = "llama", "qwen2"
 LINEARS = ["q_proj", "down_proj"]
 
 FIELDS: dict[str, dict[str, Any]] = {
+    "neither": {"target_modules": LINEARS},
     "embedding": {"target_modules": ["embed_tokens"]},
     "head": {"target_modules": ["lm_head"]},
     "both": {"target_modules": ["embed_tokens", "lm_head", *LINEARS]},
@@ -65,9 +68,8 @@ class Answers:
     """The logits of adapters that PEFT has saved in ``folder`` and loaded again."""
 
     def __init__(
-        self, folder: Path, family: str, chosen: Mapping[str, dict[str, Any]], copies: bool
+        self, folder: Path, family: str, chosen: Mapping[str, dict[str, Any]], layers: SaveLayers
     ) -> None:
-        """``copies``: PEFT writes the base's tables beside their pairs, as it does by default."""
         Oracle(family, folder / "base", {"unused": {"target_modules": LINEARS}})
         self._folder = folder
         for number, (name, fields) in enumerate(chosen.items()):
@@ -82,9 +84,7 @@ class Answers:
                 for path, parameter in adapted.named_parameters():
                     if "modules_to_save" in path:
                         parameter.add_(torch.randn(parameter.shape) * 0.2)
-            adapted.save_pretrained(
-                folder / name, save_embedding_layers="auto" if copies else False
-            )
+            adapted.save_pretrained(folder / name, save_embedding_layers=layers)
             make_old(folder / name)
 
     def logits(self, name: str | None, token_ids: list[int]) -> Tensor:
@@ -110,12 +110,12 @@ class Setting:
 
 
 def set_up(
-    folder: Path, family: str, chosen: Mapping[str, dict[str, Any]], copies: bool = True
+    folder: Path, family: str, chosen: Mapping[str, dict[str, Any]], layers: SaveLayers = "auto"
 ) -> Setting:
     with warnings.catch_warnings():
         # Of what PEFT thinks of tied layers, and that it saves copies.
         warnings.simplefilter("ignore")
-        answers = Answers(folder, family, chosen, copies)
+        answers = Answers(folder, family, chosen, layers)
     rig = Rig(folder / "base", open_device(DeviceKind.CPU))
     inspector, deriver = deriver_of(folder, rig.base)
     adapter_ids = {}
@@ -135,13 +135,13 @@ def some_tokens(seed: str, num_tokens: int = 23) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("layers", ["auto", True, False])
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("family", [UNTIED, TIED])
 def test_a_file_of_peft_gives_pefts_logits(
-    family: str, field: str, copies: bool, tmp_path: Path
+    family: str, field: str, layers: SaveLayers, tmp_path: Path
 ) -> None:
-    setting = set_up(tmp_path, family, {"adapter": FIELDS[field]}, copies)
+    setting = set_up(tmp_path, family, {"adapter": FIELDS[field]}, layers)
     token_ids = some_tokens(field)
     sequence = setting.rig.sequence(token_ids, setting.adapter_ids["adapter"])
     (prefilled,) = setting.rig.advance((sequence, 20))

@@ -11,7 +11,14 @@ from ipc.errors import AdapterInvalid, SidestreamError
 from ipc.image import EntryKind, layout_image
 from ipc.messages import AdapterId, Manifest
 from loader import base_copies
-from tests.adapters import TORCH_DTYPES, StoredTensor, base_model, config_fields, write_folder
+from tests.adapters import (
+    TORCH_DTYPES,
+    StoredTensor,
+    base_model,
+    config_fields,
+    random_tensors,
+    write_folder,
+)
 from tests.loader.dora import deriver_of, write_base
 from tests.loader.images import read_open, source_of
 
@@ -20,6 +27,9 @@ EMBED, HEAD = "model.embed_tokens", "lm_head"
 EMBED_A, EMBED_B = f"{PREFIX}{EMBED}.lora_embedding_A", f"{PREFIX}{EMBED}.lora_embedding_B"
 HEAD_A, HEAD_B = f"{PREFIX}{HEAD}.lora_A.weight", f"{PREFIX}{HEAD}.lora_B.weight"
 BASE_LAYER = f"{PREFIX}{EMBED}.base_layer.weight"
+# Beside a table of modules_to_save, where PEFT is told to save the layers of the vocabulary.
+ORIGINAL = f"{PREFIX}{EMBED}.original_module.weight"
+REPEATED = f"{PREFIX}{EMBED}.modules_to_save.weight"
 VOCAB, HIDDEN, RANK = 256, 64, 5
 BOTH: dict[str, object] = {"target_modules": ["embed_tokens", "lm_head"]}
 
@@ -51,6 +61,12 @@ PAIRS = {
     EMBED_B: random_tensor(HIDDEN, RANK, seed=4),
     HEAD_A: random_tensor(RANK, HIDDEN, seed=5),
     HEAD_B: random_tensor(VOCAB, RANK, seed=6),
+}
+
+
+EMBED_SAVED: dict[str, object] = {
+    "target_modules": ["lm_head"],
+    "modules_to_save": ["embed_tokens"],
 }
 
 
@@ -118,12 +134,8 @@ def test_image_holds_both_pairs_padded_with_zeros(tmp_path: Path, dtype: DType) 
 
 def test_image_holds_tables_that_were_saved_whole(tmp_path: Path) -> None:
     tensors = without(EMBED_A, EMBED_B) | {f"{PREFIX}{EMBED}.weight": OTHER_TABLE}
-    fields: dict[str, object] = {
-        "target_modules": ["lm_head"],
-        "modules_to_save": ["embed_tokens"],
-    }
     base = base_of(DType.BFLOAT16)
-    manifest, image = register(tmp_path, tensors, fields, base)
+    manifest, image = register(tmp_path, tensors, EMBED_SAVED, base)
     whole = entries(base, manifest, image)["embed_tokens", EntryKind.WHOLE]
     assert torch.equal(whole, OTHER_TABLE.values().bfloat16())
     assert [(m.module, m.rank, m.whole) for m in manifest.modules] == [
@@ -194,7 +206,7 @@ def test_tables_that_are_trained_as_one_are_both_expected_where_the_base_ties_th
         ),
         (
             without(EMBED_A, EMBED_B),
-            {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+            EMBED_SAVED,
             "no base_model.model.model.embed_tokens.weight",
         ),
         (
@@ -208,18 +220,33 @@ def test_tables_that_are_trained_as_one_are_both_expected_where_the_base_ties_th
             "adapter_config.json does not target model.embed_tokens",
         ),
         (
+            without(EMBED_A, EMBED_B) | {ORIGINAL: TABLE},
+            {"target_modules": ["lm_head"]},
+            "modules_to_save of adapter_config.json does not have model.embed_tokens",
+        ),
+        (
+            PAIRS | {REPEATED: TABLE},
+            BOTH,
+            "modules_to_save of adapter_config.json does not have model.embed_tokens",
+        ),
+        (
+            without(EMBED_A, EMBED_B) | {REPEATED: TABLE},
+            EMBED_SAVED,
+            "no base_model.model.model.embed_tokens.weight",
+        ),
+        (
             PAIRS | {BASE_LAYER: random_tensor(VOCAB + 4, HIDDEN)},
             BOTH,
             "has a vocabulary of 260, expected the base's, 256: tokens that were added can not be",
         ),
         (
             without(EMBED_A, EMBED_B) | {f"{PREFIX}{EMBED}.weight": random_tensor(300, HIDDEN)},
-            {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+            EMBED_SAVED,
             "has a vocabulary of 300, expected the base's, 256: tokens that were added can not be",
         ),
         (
             without(EMBED_A, EMBED_B) | {f"{PREFIX}{EMBED}.weight": random_tensor(VOCAB, 32)},
-            {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+            EMBED_SAVED,
             "expected one of F32, F16, BF16 in [256, 64], got F32 in [256, 32]",
         ),
     ],
@@ -243,6 +270,36 @@ def test_copies_of_the_bases_own_tables_take_no_room(tmp_path: Path, tied: bool)
     _, plain = register(tmp_path / "plain", PAIRS, BOTH, base_of(tied=tied))
     _, with_copies = register(tmp_path / "copies", PAIRS | copies, BOTH, base_of(tied=tied))
     assert with_copies == plain
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_stands_beside_a_whole_table_takes_no_room(tmp_path: Path, tied: bool) -> None:
+    whole = without(EMBED_A, EMBED_B) | {f"{PREFIX}{EMBED}.weight": OTHER_TABLE}
+    beside = {ORIGINAL: TABLE, REPEATED: OTHER_TABLE}
+    _, plain = register(tmp_path / "plain", whole, EMBED_SAVED, base_of(tied=tied))
+    _, with_both = register(tmp_path / "both", whole | beside, EMBED_SAVED, base_of(tied=tied))
+    assert with_both == plain
+
+
+def test_the_original_beside_a_whole_table_must_be_the_bases(tmp_path: Path) -> None:
+    whole = without(EMBED_A, EMBED_B) | {f"{PREFIX}{EMBED}.weight": OTHER_TABLE}
+    message = refusal(tmp_path, whole | {ORIGINAL: OTHER_TABLE}, EMBED_SAVED)
+    assert f"row 0 of tensor '{ORIGINAL}' differs from the base's" in message
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", [f"{PREFIX}{EMBED}.weight", f"{PREFIX}{HEAD}.weight"])
+def test_a_table_beside_pairs_of_linears_alone_must_be_the_bases(
+    tmp_path: Path, name: str, tied: bool
+) -> None:
+    base, fields = base_of(tied=tied), {"target_modules": ["q_proj"]}
+    pairs = random_tensors(base, rank=RANK, modules=["q_proj"])
+    own, other = (OTHER_TABLE, TABLE) if HEAD in name and not tied else (TABLE, OTHER_TABLE)
+    _, plain = register(tmp_path / "plain", pairs, dict(fields), base)
+    _, with_copy = register(tmp_path / "copy", pairs | {name: own}, dict(fields), base)
+    assert with_copy == plain
+    message = refusal(tmp_path / "changed", pairs | {name: other}, dict(fields), base)
+    assert f"row 0 of tensor '{name}' differs from the base's" in message
 
 
 @pytest.mark.parametrize(
