@@ -20,7 +20,7 @@ threads = [threading.Thread(target=part, daemon=True) for part in parts]
 for thread in threads:
     thread.start()
 for thread in threads:
-    thread.join(20)
+    thread.join(50)
     assert not thread.is_alive()
 print("compiled")
 """
@@ -34,7 +34,7 @@ def start(folder: Path, program: str = PROGRAM) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=90,
     )
 
 
