@@ -22,14 +22,17 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """What may be shown now. Once ``matched`` is set there is no more to come."""
+    def push(self, text: str, *, counts: bool = True) -> str:
+        """What may be shown now. Once ``matched`` is set there is no more to come.
+
+        A stop string that is complete within a ``text`` that does not count is as any other text.
+        """
         if not self._stops:
             return text
         region = self._held + text
         for end in range(len(self._held) + 1, len(region) + 1):
             stop = self._advance(region[end - 1])
-            if stop is not None:
+            if stop is not None and counts:
                 self.matched, self._held = stop, ""
                 return region[: end if self._include else end - len(stop)]
         shown = len(region) - max(self._lengths)
@@ -84,8 +87,8 @@ class Detokenizer:
     """The text of one choice.
 
     A character split between tokens is held back until it is whole, at most three bytes; bytes
-    that can no longer become a character are shown as U+FFFD at once. Stop strings are looked
-    for from the token after ``min_tokens`` on.
+    that can no longer become a character are shown as U+FFFD at once. A stop string counts when
+    it is not complete before the token after ``min_tokens``.
     """
 
     def __init__(
@@ -100,7 +103,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._include_stop = include_stop
-        self._unchecked_tokens = min_tokens
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matcher = StopMatcher(stops, include=include_stop)
 
@@ -112,6 +116,7 @@ class Detokenizer:
         """
         shown: list[str] = []
         for place, token_id in enumerate(token_ids):
+            self._num_tokens += 1
             hidden = hide_final and place == len(token_ids) - 1 and not self._include_stop
             shown.append(self._show(b"" if hidden else self._bytes(token_id)))
             if self._matcher.matched is not None:
@@ -129,7 +134,4 @@ class Detokenizer:
 
     def _show(self, token: bytes, *, final: bool = False) -> str:
         text = self._utf8.decode(token, final)
-        if self._unchecked_tokens > 0 and not final:
-            self._unchecked_tokens -= 1
-            return text
-        return self._matcher.push(text)
+        return self._matcher.push(text, counts=self._num_tokens > self._min_tokens)

@@ -76,12 +76,10 @@ class TextTokenizer:
         return known
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """The text of ``token_ids``; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(
-            self.token_bytes(token_id)
-            for token_id in token_ids
-            if not (skip_special_tokens and token_id in self._special)
-        ).decode(errors="replace")
+        """The text of ``token_ids``, as a text of its own: its beginning may lose a space that
+        the same tokens have behind others. Bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
 
     def _find_bytes(self, token_id: int) -> bytes:
         content = self._added.get(token_id)
@@ -95,7 +93,7 @@ def _piece_bytes(tokenizer: Tokenizer) -> Callable[[str], bytes]:
     """What turns a vocabulary's piece into bytes, by the kind of decoder that it was made for."""
     decoder: decoders.Decoder | None = tokenizer.decoder
     if decoder is None:
-        return str.encode
+        return lambda piece: f" {piece}".encode()  # As the library: pieces are words.
     document: dict[str, Any] = json.loads(tokenizer.to_str())["decoder"]
     steps: list[dict[str, Any]] = document.get("decoders", [document])
     kinds = [step["type"] for step in steps]
@@ -138,7 +136,7 @@ def _byte_fallback(steps: list[dict[str, Any]]) -> Callable[[str], bytes]:
         (step["pattern"]["String"], step["content"])
         for step in steps
         if step["type"] == "Replace" and "String" in step["pattern"]
-    ]
+    ] + [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
 
     def piece_bytes(piece: str) -> bytes:
         byte = _BYTE_TOKEN.fullmatch(piece)

@@ -1,54 +1,35 @@
-"""Tokens to text: no byte lost, no half character shown, no stop string shown."""
+"""Tokens to text: no byte lost, no half character shown, however they come."""
 
 import random
 from collections.abc import Iterable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from api.detokenizer import Detokenizer, StopMatcher
+from api.detokenizer import Detokenizer
 from api.tokenizer import TextTokenizer
-
-CORPUS = ["the theme then them ", "über Größe süß ", "日本語の日本 ", "😀😃 😀 ", "\n\n\tend "]
-SPECIAL = "<|stop|>"
-# The ids of ``byte_fallback``'s 256 bytes begin here.
-FIRST_BYTE = 1
-
-
-def byte_level() -> Tokenizer:
-    """A byte-level BPE whose merges cross and split characters."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    tokenizer.add_special_tokens([AddedToken(SPECIAL, special=True)])
-    tokenizer.add_tokens([AddedToken("<tool> ", special=False)])
-    return tokenizer
-
-
-def byte_fallback() -> Tokenizer:
-    """A tokenizer as sentencepiece's: words with a mark, and bytes for all else."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁the", "ü", "me"]
-    vocabulary = {piece: place for place, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    return tokenizer
-
+from tests.api.trained_tokenizers import (
+    BYTE_PIECES,
+    SPECIAL,
+    byte_fallback,
+    byte_level,
+    id_of,
+    metaspace,
+)
 
 # Immutable, and slow to make once an example.
-BYTE_LEVEL = byte_level()
-BYTE_LEVEL_TEXT = TextTokenizer(BYTE_LEVEL)
-BYTE_FALLBACK = byte_fallback()
-NUM_TOKENS = BYTE_LEVEL.get_vocab_size()
+BYTE_LEVEL, BYTE_FALLBACK, METASPACE = byte_level(), byte_fallback(), metaspace()
+FAMILIES = pytest.mark.parametrize(
+    "library", [BYTE_LEVEL, BYTE_FALLBACK, METASPACE], ids=["bytes", "fallback", "metaspace"]
+)
+SENTENCEPIECES = pytest.mark.parametrize(
+    "library", [BYTE_FALLBACK, METASPACE], ids=["fallback", "metaspace"]
+)
+# Some more than the smallest vocabulary has.
+TOKENS = st.lists(st.integers(0, 350), max_size=40)
+STEPS = st.randoms(use_true_random=False)
 
 
 def in_steps(token_ids: Sequence[int], sizes: random.Random) -> Iterable[list[int]]:
@@ -59,140 +40,154 @@ def in_steps(token_ids: Sequence[int], sizes: random.Random) -> Iterable[list[in
         rest = rest[size:]
 
 
-def detokenize(detokenizer: Detokenizer, steps: Iterable[list[int]]) -> tuple[str, int]:
-    """The whole text shown, and how many tokens were taken."""
-    text, num_tokens = "", 0
-    for step in steps:
-        delta = detokenizer.push(step, last=False)
-        text += delta.text
-        num_tokens += delta.num_tokens
-        if delta.stop is not None:
-            return text, num_tokens
-    return text + detokenizer.push([], last=True).text, num_tokens
+def detokenize(
+    library: Tokenizer, token_ids: Sequence[int], sizes: random.Random, *, skip: bool = False
+) -> str:
+    """All that is shown."""
+    detokenizer = Detokenizer(TextTokenizer(library), skip_special_tokens=skip)
+    shown = [detokenizer.push(step, last=False).text for step in in_steps(token_ids, sizes)]
+    shown.append(detokenizer.push([], last=True).text)
+    return "".join(shown)
 
 
-@given(st.lists(st.integers(0, NUM_TOKENS - 1)), st.randoms(use_true_random=False))
-def test_any_tokens_in_any_steps_give_the_text_of_all_at_once(
-    token_ids: list[int], sizes: random.Random
+def byte_tokens(library: Tokenizer, text: str) -> list[int]:
+    """The tokens of the text's bytes, one each."""
+    if library is BYTE_LEVEL:
+        # One character a byte.
+        ((pieces, _),) = library.pre_tokenizer.pre_tokenize_str(text)
+    else:
+        pieces = [BYTE_PIECES[byte] for byte in text.encode()]
+    return [id_of(library, piece) for piece in pieces]
+
+
+def token_bytes(library: Tokenizer, token_id: int) -> bytes:
+    """What a token of the sentencepiece families stands for, read off its piece."""
+    piece: str | None = library.id_to_token(token_id)
+    if piece is None:
+        return b""
+    if piece in BYTE_PIECES:
+        return bytes([BYTE_PIECES.index(piece)])
+    return piece.replace("▁", " ").encode()
+
+
+@given(TOKENS, STEPS, st.booleans())
+def test_byte_level_tokens_give_the_text_of_all_at_once(
+    token_ids: list[int], sizes: random.Random, skip: bool
 ) -> None:
-    for skip in (False, True):
-        detokenizer = Detokenizer(BYTE_LEVEL_TEXT, skip_special_tokens=skip)
-        text, _ = detokenize(detokenizer, in_steps(token_ids, sizes))
-        assert text == BYTE_LEVEL.decode(token_ids, skip_special_tokens=skip)
+    whole = BYTE_LEVEL.decode(token_ids, skip_special_tokens=skip)
+    assert detokenize(BYTE_LEVEL, token_ids, sizes, skip=skip) == whole
 
 
-@given(st.text(), st.randoms(use_true_random=False))
-def test_every_text_survives_byte_level_tokens(text: str, sizes: random.Random) -> None:
-    token_ids = BYTE_LEVEL.encode(text, add_special_tokens=False).ids
-    detokenizer = Detokenizer(BYTE_LEVEL_TEXT, skip_special_tokens=False)
-    assert detokenize(detokenizer, in_steps(token_ids, sizes))[0] == text
+@pytest.mark.long
+@settings(max_examples=20_000, deadline=None)
+@given(st.lists(st.integers(0, 350)), STEPS, st.booleans())
+def test_many_byte_level_tokens_give_the_text_of_all_at_once(
+    token_ids: list[int], sizes: random.Random, skip: bool
+) -> None:
+    whole = BYTE_LEVEL.decode(token_ids, skip_special_tokens=skip)
+    assert detokenize(BYTE_LEVEL, token_ids, sizes, skip=skip) == whole
 
 
-@given(st.text(), st.randoms(use_true_random=False))
-def test_every_text_survives_byte_fallback_tokens(text: str, sizes: random.Random) -> None:
-    token_ids = [FIRST_BYTE + byte for byte in text.encode()]
-    detokenizer = Detokenizer(TextTokenizer(BYTE_FALLBACK))
-    shown, _ = detokenize(detokenizer, in_steps(token_ids, sizes))
-    assert shown == text == BYTE_FALLBACK.decode(token_ids)
+@SENTENCEPIECES
+@given(TOKENS, STEPS, st.booleans())
+def test_sentencepiece_tokens_give_the_text_of_their_bytes(
+    library: Tokenizer, token_ids: list[int], sizes: random.Random, skip: bool
+) -> None:
+    """The library shows a whole run of bytes as U+FFFD when one of them fits in no character,
+    those before it, too, which a stream has shown by then: the oracle is UTF-8's own."""
+    special = {id_of(library, token) for token in SPECIAL} if skip else set()
+    shown = [token for token in token_ids if token not in special]
+    whole = b"".join(token_bytes(library, token) for token in shown)
+    assert detokenize(library, token_ids, sizes, skip=skip) == whole.decode(errors="replace")
 
 
-@given(st.lists(st.integers(257, 261)))
-def test_byte_fallback_words_have_their_spaces(token_ids: list[int]) -> None:
-    detokenizer = Detokenizer(TextTokenizer(BYTE_FALLBACK))
-    assert detokenize(detokenizer, [token_ids])[0] == BYTE_FALLBACK.decode(token_ids)
+@SENTENCEPIECES
+@given(TOKENS, TOKENS, STEPS, st.booleans())
+@example([], [300, 301], random.Random(0), False)
+def test_sentencepiece_answers_are_what_the_library_adds_to_the_prompt(
+    library: Tokenizer, prompt: list[int], answer: list[int], sizes: random.Random, skip: bool
+) -> None:
+    """A word's space is shown, which is lost at the beginning of a text alone."""
+    words = [token for token in answer if library.id_to_token(token) not in BYTE_PIECES]
+    before = [id_of(library, "▁the"), *prompt, id_of(library, "▁the")]
+    whole = library.decode(before + words, skip_special_tokens=skip)
+    known = library.decode(before, skip_special_tokens=skip)
+    assert known + detokenize(library, words, sizes, skip=skip) == whole
 
 
-def test_half_a_character_is_held_back_until_it_is_whole() -> None:
-    detokenizer = Detokenizer(TextTokenizer(BYTE_FALLBACK))
-    assert detokenizer.push([FIRST_BYTE + 0xC3], last=False).text == ""
-    assert detokenizer.push([FIRST_BYTE + 0xA9], last=False).text == "é"
+@FAMILIES
+@given(st.text(st.characters(codec="utf-8", exclude_characters="▁<")), STEPS)
+@example("über 日本 😀\n the  theme\u0000", random.Random(0))
+def test_every_text_survives_its_tokens(
+    library: Tokenizer, text: str, sizes: random.Random
+) -> None:
+    token_ids = library.encode(f"x{text}", add_special_tokens=False).ids
+    mark = "" if library is BYTE_LEVEL else " "
+    assert detokenize(library, token_ids, sizes) == f"{mark}x{text}"
 
 
-def test_bytes_that_become_no_character_are_shown_as_soon_as_that_is_known() -> None:
-    detokenizer = Detokenizer(TextTokenizer(BYTE_FALLBACK))
-    shown = [detokenizer.push([FIRST_BYTE + 0xF0], last=False).text for _ in range(20)]
+@FAMILIES
+@given(TOKENS, st.booleans())
+def test_the_text_of_a_prompts_tokens_is_the_librarys(
+    library: Tokenizer, token_ids: list[int], skip: bool
+) -> None:
+    shown = TextTokenizer(library).decode(token_ids, skip_special_tokens=skip)
+    assert shown == library.decode(token_ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("character", ["é", "日", "😀"])
+@FAMILIES
+def test_a_character_is_held_back_until_it_is_whole(library: Tokenizer, character: str) -> None:
+    detokenizer = Detokenizer(TextTokenizer(library))
+    shown = [
+        detokenizer.push([token], last=False).text for token in byte_tokens(library, character)
+    ]
+    assert shown == [""] * (len(character.encode()) - 1) + [character]
+
+
+@FAMILIES
+def test_what_is_left_of_a_character_at_the_end_is_shown_as_one_sign(library: Tokenizer) -> None:
+    for count in (1, 2, 3):
+        detokenizer = Detokenizer(TextTokenizer(library))
+        assert detokenizer.push(byte_tokens(library, "😀")[:count], last=True).text == "�"
+
+
+@FAMILIES
+def test_bytes_that_become_no_character_are_shown_as_soon_as_that_is_known(
+    library: Tokenizer,
+) -> None:
+    detokenizer = Detokenizer(TextTokenizer(library))
+    first = byte_tokens(library, "😀")[:1]
+    shown = [detokenizer.push(first, last=False).text for _ in range(20)]
     assert shown == [""] + ["�"] * 19
     assert detokenizer.push([], last=True).text == "�"
 
 
-def cut(text: str, stops: Sequence[str], include: bool) -> str:
-    """What a matcher must show of ``text``, found the plain way."""
-    ends = [
-        (end, -len(stop))
-        for stop in stops
-        for end in range(len(text) + 1)
-        if text[:end].endswith(stop)
-    ]
-    if not ends:
-        return text
-    end, negative_length = min(ends)
-    return text[: end if include else end + negative_length]
-
-
-@given(
-    st.text("abc", max_size=30),
-    st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
-    st.booleans(),
-    st.randoms(use_true_random=False),
-)
-def test_the_first_stop_string_to_be_complete_ends_the_text(
-    text: str, stops: list[str], include: bool, sizes: random.Random
+@FAMILIES
+def test_a_special_token_within_a_character_breaks_it_only_where_it_is_shown(
+    library: Tokenizer,
 ) -> None:
-    matcher, shown, rest = StopMatcher(stops, include=include), "", text
-    while rest and matcher.matched is None:
-        size = sizes.randint(1, 4)
-        shown += matcher.push(rest[:size])
-        rest = rest[size:]
-        assert cut(text, stops, include).startswith(shown)
-    assert shown + matcher.flush() == cut(text, stops, include)
+    first, *rest = byte_tokens(library, "é")
+    broken = [first, id_of(library, "</s>"), *rest]
+    assert detokenize(library, broken, random.Random(0), skip=True) == "é"
+    assert detokenize(library, broken, random.Random(0)) == "�</s>�"
 
 
-@pytest.mark.parametrize("include", [False, True])
-@pytest.mark.parametrize("first", range(9))
-@pytest.mark.parametrize("second", range(9))
-def test_a_stop_string_is_found_wherever_tokens_split_it(
-    first: int, second: int, include: bool
-) -> None:
-    text, (low, high) = "ab STOP c", sorted((first, second))
-    matcher = StopMatcher(["STOP"], include=include)
-    shown = ""
-    for piece in (text[:low], text[low:high], text[high:]):
-        if matcher.matched is None:
-            shown += matcher.push(piece)
-    assert matcher.matched == "STOP"
-    assert shown == ("ab STOP" if include else "ab ")
+@FAMILIES
+def test_an_added_token_is_its_own_text(library: Tokenizer) -> None:
+    """Also where its characters mean something else in a piece of the vocabulary's."""
+    ours = Tokenizer.from_str(library.to_str())
+    ours.add_tokens([AddedToken("<é▁Ġ>", normalized=False)])
+    text = TextTokenizer(ours).token_bytes(id_of(ours, "<é▁Ġ>"))
+    assert text.decode() == "<é▁Ġ>"
 
 
-def test_only_what_may_become_a_stop_string_is_held_back() -> None:
-    matcher = StopMatcher(["aab"], include=False)
-    assert [matcher.push(character) for character in "xaaab"] == ["x", "", "", "a", ""]
-    assert matcher.matched == "aab"
+def test_words_without_a_decoder_have_spaces_between_them() -> None:
+    library = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    assert detokenize(library, [1, 0, 1], random.Random(0)) == f" {library.decode([1, 0, 1])}"
 
 
-def test_tokens_are_counted_up_to_the_one_that_completes_the_stop_string() -> None:
-    ids = BYTE_LEVEL.encode("abcdef", add_special_tokens=False).ids
-    assert len(ids) == 6
-    text, num_tokens = detokenize(Detokenizer(BYTE_LEVEL_TEXT, stops=["cd"]), [ids])
-    assert (text, num_tokens) == ("ab", 4)
-
-
-def test_a_stop_string_that_ends_in_the_middle_of_a_token_cuts_the_token() -> None:
-    ids = BYTE_LEVEL.encode("the theme", add_special_tokens=False).ids
-    assert len(ids) < 9, "the tokens were meant to be longer than a byte"
-    for end in range(1, 9):
-        stop = "the theme"[end - 1 : end + 1]
-        shown, _ = detokenize(Detokenizer(BYTE_LEVEL_TEXT, stops=[stop]), [[i] for i in ids])
-        assert shown == "the theme"[: "the theme".index(stop)]
-
-
-def test_stop_strings_do_not_count_within_the_first_min_tokens() -> None:
-    ids = BYTE_LEVEL.encode("x;y;z", add_special_tokens=False).ids
-    detokenizer = Detokenizer(BYTE_LEVEL_TEXT, stops=[";"], min_tokens=2)
-    assert detokenize(detokenizer, [[i] for i in ids]) == ("x;y", 4)
-
-
-def test_what_was_held_for_a_stop_string_is_shown_at_the_end() -> None:
-    ids = BYTE_LEVEL.encode("abc", add_special_tokens=False).ids
-    detokenizer = Detokenizer(BYTE_LEVEL_TEXT, stops=["cd"])
-    assert detokenizer.push(ids, last=False).text == "ab"
-    assert detokenizer.push([], last=True).text == "c"
+def test_pieces_of_a_metaspace_decoder_alone_have_their_spaces() -> None:
+    library = Tokenizer(models.Unigram([("▁a", -1.0), ("b", -1.0)], 0, False))
+    library.decoder = decoders.Metaspace()
+    assert detokenize(library, [1, 0, 1], random.Random(0)) == library.decode([1, 0, 1]) == "b ab"
