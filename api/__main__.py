@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -15,11 +15,12 @@ import zmq.asyncio
 from starlette.types import ASGIApp
 
 from api.app import build_app
-from api.chat_template import ChatTemplate
 from api.config import ApiConfig
 from api.engine_client import EngineClient, Timeouts
+from api.template_files import TemplateFiles, read_template_files
+from api.template_process import ChatRenderer, TemplateLimits, TemplateProcess
 from api.tokenizer import TextTokenizer
-from ipc.errors import SidestreamError, Unavailable
+from ipc.errors import InvalidRequest, SidestreamError, Unavailable
 from ipc.process import Child, adopt
 
 logger = logging.getLogger(__name__)
@@ -75,11 +76,12 @@ class HttpServer(uvicorn.Server):
 
 
 async def serve(
-    child: Child[ApiConfig], tokenizer: TextTokenizer | None, template: ChatTemplate | None
+    child: Child[ApiConfig], tokenizer: TextTokenizer | None, templates: TemplateFiles | None
 ) -> None:
     """Serves until SIGTERM.
 
     Raises:
+        SidestreamError: as ``chat_renderer``.
         ExceptionGroup: of ``Unavailable`` when no engine came in time, of ``OSError`` when the
             address can not be listened at.
     """
@@ -93,19 +95,47 @@ async def serve(
     with zmq.asyncio.Context() as context:
         endpoint = child.run_folder.rpc_endpoint
         engine = EngineClient(context, endpoint, timeouts, config.max_pending_deltas)
-        async with asyncio.TaskGroup() as group:
+        async with chat_renderer(child, templates) as renderer, asyncio.TaskGroup() as group:
             connecting = group.create_task(engine.run())
             await engine.wait_connected(config.connect_timeout_s)
             with listen(config.host, config.port) as listener:
                 host, port = listener.getsockname()[:2]
                 server = HttpServer(
-                    build_app(config, engine, tokenizer, template),
+                    build_app(config, engine, tokenizer, renderer),
                     engine,
                     config.drain_s,
                     lambda: child.ready(f"{host}:{port}"),
                 )
                 await server.serve([listener])
             connecting.cancel()
+
+
+@contextlib.asynccontextmanager
+async def chat_renderer(
+    child: Child[ApiConfig], templates: TemplateFiles | None
+) -> AsyncIterator[ChatRenderer | None]:
+    """What renders chats with ``templates``; None without any.
+
+    Raises:
+        InvalidRequest: one of them is not a template. The supervisor has been told.
+        Unavailable: the process that is to render died.
+    """
+    if templates is None:
+        yield None
+        return
+    config = child.config
+    limits = TemplateLimits(
+        timeout_s=config.template_timeout_s,
+        max_memory_bytes=config.max_template_memory_bytes,
+        max_prompt_chars=config.max_prompt_chars,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            renderer = await stack.enter_async_context(TemplateProcess(templates, limits))
+        except InvalidRequest as error:
+            child.failed(error)
+            raise
+        yield renderer
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -119,19 +149,19 @@ def main() -> int:
     folder, override = Path(child.config.model), child.config.chat_template
     try:
         tokenizer = TextTokenizer.from_folder(folder)
-        template = ChatTemplate.from_folder(folder, Path(override) if override else None)
+        templates = read_template_files(folder, Path(override) if override else None)
     except SidestreamError as error:
         child.failed(error)
         return 1
     logger.info(
         "%s tokenizer, %s chat template in %s",
         "a" if tokenizer else "no",
-        "a" if template else "no",
+        "a" if templates else "no",
         folder,
     )
     status = 0
     try:
-        uvloop.run(serve(child, tokenizer, template))
+        uvloop.run(serve(child, tokenizer, templates))
     except* SidestreamError as group:
         logger.error("can not serve: %s", group.exceptions[0])
         status = 1

@@ -7,7 +7,6 @@ from starlette.types import ASGIApp
 
 from api.adapter_routes import AdapterRoutes
 from api.chat_routes import ChatRoutes
-from api.chat_template import ChatTemplate
 from api.completion_routes import CompletionRoutes
 from api.config import ApiConfig
 from api.engine_client import EngineClient
@@ -21,6 +20,7 @@ from api.error_responses import (
 from api.metrics import RequestMetrics
 from api.request_ids import RequestIds
 from api.status_routes import StatusRoutes
+from api.template_process import ChatRenderer
 from api.text_requests import TextRequests
 from api.tokenizer import TextTokenizer
 from ipc.errors import SidestreamError
@@ -30,7 +30,7 @@ def build_app(
     config: ApiConfig,
     engine: EngineClient,
     tokenizer: TextTokenizer | None,
-    template: ChatTemplate | None,
+    template: ChatRenderer | None,
 ) -> ASGIApp:
     """The application. It has no lifespan: ``engine`` is run by the caller."""
     metrics = RequestMetrics(config.served_model_name)

@@ -4,17 +4,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.chat_answers import ChatWriter
-from api.chat_template import ChatTemplate
 from api.openai_requests import ChatRequest
+from api.template_process import ChatRenderer
 from api.text_requests import TextRequests
 from api.tokenizer import TextTokenizer
 from ipc.errors import InvalidRequest
+from ipc.messages import RenderChat
 
 
 class ChatRoutes:
     """Serves chats with the template of the model's folder."""
 
-    def __init__(self, requests: TextRequests, template: ChatTemplate | None) -> None:
+    def __init__(self, requests: TextRequests, template: ChatRenderer | None) -> None:
         self._requests = requests
         self._template = template
 
@@ -24,10 +25,14 @@ class ChatRoutes:
         call = await requests.read(request, ChatRequest)
         call.check_supported()
         tokenizer, template = self._text_side()
-        prompt = template.render(
-            call.template_messages(),
-            add_generation_prompt=call.add_generation_prompt is not False,
-            variables=call.chat_template_kwargs,
+        prompt = await template.render(
+            RenderChat(
+                messages=call.template_messages(),
+                documents=call.documents,
+                variables=call.chat_template_kwargs,
+                add_generation_prompt=call.begins_answer,
+                continue_final_message=bool(call.continue_final_message),
+            )
         )
         # The template has written the special tokens out, unless the client knows otherwise.
         ids = await tokenizer.encode(prompt, add_special_tokens=bool(call.add_special_tokens))
@@ -49,7 +54,7 @@ class ChatRoutes:
         )
         return await requests.answer(request, call, generation, writer, prompt_param="messages")
 
-    def _text_side(self) -> tuple[TextTokenizer, ChatTemplate]:
+    def _text_side(self) -> tuple[TextTokenizer, ChatRenderer]:
         tokenizer = self._requests.tokenizer
         if tokenizer is None:
             raise InvalidRequest(

@@ -1,177 +1,145 @@
-"""Chat messages to a prompt, by the template that came with the model.
+"""Chat messages to a prompt, by the template that came with the model."""
 
-Source: the names and filters that Hugging Face documents for chat templates.
-"""
-
-import json
-import logging
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
+from api.template_content import reads_parts
+from api.template_environment import template_environment
+from api.template_files import DEFAULT_TEMPLATE, TemplateFiles
 from ipc.errors import InvalidRequest
+from ipc.messages import RenderChat
 
-logger = logging.getLogger(__name__)
+TOOLS_TEMPLATE = "tool_use"
 
-SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+# Stands, while its prompt is rendered, where a message that is to be continued ends: characters
+# for private use, which no filter changes, and a space, by which to see whether ends are stripped.
+_CONTINUE_HERE = "\ue0c0\ue0de\ue0c0 "
+
+# The names that a message's reasoning is sent by. Templates read the first; few, the second.
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-    """Renders messages. The template is sandboxed: it comes with a downloaded model."""
+    """Renders chats. Templates are sandboxed: they come with a downloaded model.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises ``InvalidRequest`` when ``source`` is not a template."""
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise InvalidRequest(f"chat template, line {error.lineno}: {error.message}") from error
-        self._special_tokens = dict(special_tokens)
+    The sandbox bounds neither time nor memory; ``template_process`` does.
+    """
 
-    @classmethod
-    def from_folder(cls, folder: Path, override: Path | None = None) -> "ChatTemplate | None":
-        """The template of ``override``, else of the folder; None when it has none.
-
-        ``chat_template.jinja`` goes before the one within ``tokenizer_config.json``.
-        """
-        config = _read_json(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(
-            _read_json(folder / "special_tokens_map.json") | config  # The config goes before.
-        )
-        file = override or folder / "chat_template.jinja"
-        if override is not None or file.is_file():
+    def __init__(self, files: TemplateFiles) -> None:
+        """Raises ``InvalidRequest`` when one of the sources is not a template."""
+        self._special_tokens = dict(files.special_tokens)
+        environment = template_environment()
+        self._templates: dict[str, jinja2.Template] = {}
+        self._reads_parts: dict[str, bool] = {}
+        for name, source in files.sources.items():
             try:
-                return cls(file.read_text(encoding="utf-8"), special_tokens)
-            except (OSError, UnicodeDecodeError) as error:
-                raise InvalidRequest(f"chat template {file}: {error}") from error
-        source = _template_of_config(config.get("chat_template"))
-        return None if source is None else cls(source, special_tokens)
+                self._templates[name] = environment.from_string(source)
+                self._reads_parts[name] = reads_parts(environment.parse(source))
+            except jinja2.TemplateSyntaxError as error:
+                raise InvalidRequest(
+                    f"chat template {name!r}, line {error.lineno}: {error.message}"
+                ) from error
+            except (SyntaxError, RecursionError, MemoryError) as error:
+                # A template becomes Python, which bounds how deep things nest.
+                raise InvalidRequest(f"chat template {name!r}: {_describe(error)}") from error
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
+    def render(self, chat: RenderChat) -> str:
         """The prompt, special tokens included: encode it without adding them again.
 
-        ``variables`` are the request's ``chat_template_kwargs``.
+        Content in parts comes to the template as such where the template goes through them, and
+        else as one text, with a line break between two parts.
 
         Raises:
-            InvalidRequest: the template refuses these messages or variables.
+            InvalidRequest: the template refuses the chat, or the final message is not to be
+                found in the prompt where it is to be continued.
         """
-        names: dict[str, Any] = {
+        name = self._choose(chat)
+        messages = [_message(message, self._reads_parts[name]) for message in chat.messages]
+        continued = _mark_end(messages[-1]) if chat.continue_final_message else None
+        variables: dict[str, Any] = {
             **self._special_tokens,
             "tools": None,
             "documents": None,
-            **(variables or {}),
+            **(chat.variables or {}),
             "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": chat.add_generation_prompt,
         }
+        if chat.tools is not None:
+            variables["tools"] = chat.tools
+        if chat.documents is not None:
+            variables["documents"] = chat.documents
         try:
-            return self._template.render(names)
+            prompt = self._templates[name].render(variables)
         except Exception as error:
             # The template is a program of somebody else's, run on a client's data: whatever it
             # raises says that the two do not fit.
             raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", param="messages"
+                f"the model's chat template refuses these messages: {_describe(error)}",
+                param="messages",
             ) from error
+        return prompt if continued is None else _cut_at_mark(prompt, continued)
+
+    def _choose(self, chat: RenderChat) -> str:
+        if chat.tools is not None and TOOLS_TEMPLATE in self._templates:
+            return TOOLS_TEMPLATE
+        if DEFAULT_TEMPLATE in self._templates:
+            return DEFAULT_TEMPLATE
+        raise InvalidRequest(
+            f"the model has no chat template that is called {DEFAULT_TEMPLATE!r}, but"
+            f" {', '.join(map(repr, sorted(self._templates)))}",
+            param="messages",
+        )
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+def _message(message: Mapping[str, Any], with_parts: bool) -> dict[str, Any]:
+    """The message as templates expect it: without nulls, its reasoning by the usual names."""
+    plain = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((plain[name] for name in _REASONING_FIELDS if name in plain), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    content = plain.get("content")
+    if isinstance(content, list):
+        plain["content"] = (
+            [dict(part) for part in content]
+            if with_parts
+            else "\n".join(part["text"] for part in content)
+        )
+    return plain
+
+
+def _mark_end(message: dict[str, Any]) -> str:
+    """Marks where the message's text ends, and returns that text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + _CONTINUE_HERE
+        return content
+    for part in reversed(content or ()):
+        if "text" in part:
+            text: str = part["text"]
+            part["text"] = text + _CONTINUE_HERE
+            return text
+    raise InvalidRequest(
+        "continue_final_message: expected a final message with content, got one without",
+        param="continue_final_message",
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}…{% endgeneration %}`` marks, for training, what the model said."""
-
-    # The attribute's name and kind are jinja2's.
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON; jinja2's own filter escapes it for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+def _cut_at_mark(prompt: str, text: str) -> str:
+    """The prompt up to the end of ``text``, the final message's."""
+    mark = _CONTINUE_HERE.rstrip()
+    if prompt.count(mark) != 1 or text.strip() not in prompt:
+        raise InvalidRequest(
+            "continue_final_message: the model's chat template does not write the final message"
+            " into the prompt, once and as it is",
+            param="continue_final_message",
+        )
+    end = prompt.index(mark)
+    keeps_ends = prompt.startswith(_CONTINUE_HERE, end)
+    return prompt[:end] if keeps_ends else prompt[:end].rstrip()
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InvalidRequest(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(document, dict):
-        raise InvalidRequest(f"{path}: expected an object, got {type(document).__name__}")
-    return document
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The tokens as text: a configuration has them as such, or as objects with ``content``."""
-    tokens: dict[str, str] = {}
-    for name in SPECIAL_TOKENS:
-        token = config.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            tokens[name] = token
-    return tokens
-
-
-def _template_of_config(templates: Any) -> str | None:
-    """A configuration has one template, or a list of them of which one is the default."""
-    if templates is None or isinstance(templates, str):
-        return templates
-    by_name = {entry["name"]: entry["template"] for entry in templates}
-    default = by_name.get("default")
-    if default is None:
-        logger.warning("no chat template named 'default' among %s", sorted(by_name))
-    return default
+def _describe(error: Exception) -> str:
+    """What a template raised; some of Python's own errors say nothing but what they are."""
+    return str(error) or type(error).__name__

@@ -20,6 +20,9 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     max_body_bytes: int = 32 * MiB
     max_choices_per_prompt: int = 128
     max_choices_per_request: int = 1024
+    # What a chat's rendering may take, beside its time, and make.
+    max_template_memory_bytes: int = 1024 * MiB
+    max_prompt_chars: int = 16 * MiB
     max_stop_strings: int = 32
     max_stop_string_chars: int = 1024
     max_pending_deltas: int = 16_384
@@ -31,5 +34,6 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     health_timeout_s: float = 5.0
     token_timeout_s: float = 600.0
     body_timeout_s: float = 60.0
+    template_timeout_s: float = 10.0
     write_timeout_s: float = 60.0
     drain_s: float = 10.0

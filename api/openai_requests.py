@@ -155,11 +155,16 @@ class TextPart(msgspec.Struct, frozen=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One message. Roles beside these are what tools would need."""
+    """One message. Roles beside these are what tools would need.
+
+    ``reasoning_content``, by vLLM also called ``reasoning``, is what the model had thought.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[Any] | None = None
 
 
@@ -173,6 +178,8 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     top_logprobs: int | None = None
     echo: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property
@@ -185,8 +192,21 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
             return self.max_completion_tokens
         return self.max_tokens
 
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the prompt ends with what a new message of the assistant begins with."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
     def check_supported(self) -> None:
         """Raises ``InvalidRequest`` for combinations that are not served."""
+        if self.continue_final_message and self.begins_answer:
+            raise InvalidRequest(
+                "add_generation_prompt: expected false together with continue_final_message,"
+                " got true: the prompt ends within a message, or with a new one's beginning",
+                param="add_generation_prompt",
+            )
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest(
                 "top_logprobs: expected only together with logprobs true", param="top_logprobs"
@@ -196,8 +216,8 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
                 "echo: expected false: a chat has no prompt to repeat", param="echo"
             )
 
-    def template_messages(self) -> list[dict[str, str]]:
-        """The messages as a chat template takes them; text parts are joined by line breaks."""
+    def template_messages(self) -> list[dict[str, Any]]:
+        """The messages as a chat template takes them."""
         return [
             _template_message(message, f"messages[{place}]")
             for place, message in enumerate(self.messages)
@@ -225,7 +245,7 @@ class PrefetchAdaptersRequest(msgspec.Struct, frozen=True):
     lora_names: list[str]
 
 
-def _template_message(message: ChatMessage, path: str) -> dict[str, str]:
+def _template_message(message: ChatMessage, path: str) -> dict[str, Any]:
     if message.tool_calls:
         raise InvalidRequest(
             f"{path}.tool_calls is not supported: expected it absent or null",
@@ -235,13 +255,22 @@ def _template_message(message: ChatMessage, path: str) -> dict[str, str]:
         raise InvalidRequest(
             f"{path}.content: expected a string or text parts, got null", param=f"{path}.content"
         )
-    content = message.content
-    if not isinstance(content, str):
-        content = "\n".join(
-            _part_text(part, f"{path}.content[{place}]") for place, part in enumerate(content)
-        )
-    rendered = {"role": message.role, "content": content}
-    return rendered if message.name is None else rendered | {"name": message.name}
+    content: str | list[dict[str, str]]
+    if isinstance(message.content, str):
+        content = message.content
+    else:
+        content = [
+            {"type": "text", "text": _part_text(part, f"{path}.content[{place}]")}
+            for place, part in enumerate(message.content)
+        ]
+    rendered = {
+        "role": message.role,
+        "content": content,
+        "name": message.name,
+        "reasoning_content": message.reasoning_content,
+        "reasoning": message.reasoning,
+    }
+    return {name: value for name, value in rendered.items() if value is not None}
 
 
 def _part_text(part: TextPart, path: str) -> str:

@@ -43,7 +43,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "prompt_embeds": ([],),
     "chat_template": (),
-    "continue_final_message": (False,),
     "reasoning_effort": (),
     "reasoning": (),
     "web_search_options": (),

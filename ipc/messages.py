@@ -1,6 +1,6 @@
 """Every message that crosses a process.
 
-Four conversations, each with one tagged union per direction:
+Five conversations, each with one tagged union per direction:
 
 | conversation    | there               | back               | socket                   |
 |-----------------|---------------------|--------------------|--------------------------|
@@ -8,12 +8,13 @@ Four conversations, each with one tagged union per direction:
 | engine ↔ loader | ``EngineToLoader``  | ``LoaderToEngine`` | ZMQ ROUTER/DEALER        |
 | handover        | ``HandoverMessage`` |                    | Unix SEQPACKET           |
 | chunks          | ``ChunkReleased``   | ``ChunkReady``     | handover's, once granted |
+| chat templates  | ``TemplateCall``    | ``TemplateAnswer`` | pipes of the api's child |
 
 Adapter bytes never travel in a message: they lie in the staging ring, and a message says where.
 """
 
 from enum import Enum
-from typing import NewType
+from typing import Any, NewType
 
 import msgspec
 
@@ -543,3 +544,54 @@ class RingGrant(msgspec.Struct, frozen=True, tag="ring_grant"):
 
 
 HandoverMessage = LoaderProcess | RingRequest | RingGrant
+
+
+# --- Chat templates ------------------------------------------------------------------------------
+
+
+class LoadTemplates(msgspec.Struct, frozen=True, tag="load_templates"):
+    """The first message: what all later ones are about.
+
+    ``sources`` are templates by their names, ``special_tokens`` texts by theirs. The child's
+    address space may grow by ``max_memory_bytes`` from then on.
+    """
+
+    sources: dict[str, str]
+    special_tokens: dict[str, str]
+    max_memory_bytes: int
+    max_prompt_chars: int
+
+
+class RenderChat(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="render_chat"):
+    """What a prompt is to be made of.
+
+    ``variables`` are the request's ``chat_template_kwargs``. With ``continue_final_message`` the
+    prompt ends where the last message's content does.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class TemplatesLoaded(msgspec.Struct, frozen=True, tag="templates_loaded"):
+    """Every template of a ``LoadTemplates`` can be rendered."""
+
+
+class PromptRendered(msgspec.Struct, frozen=True, tag="prompt_rendered"):
+    """The prompt of a ``RenderChat``."""
+
+    prompt: str
+
+
+class TemplateRefused(msgspec.Struct, frozen=True, tag="template_refused"):
+    """Why there are no templates, or no prompt."""
+
+    error: ErrorInfo
+
+
+TemplateCall = LoadTemplates | RenderChat
+TemplateAnswer = TemplatesLoaded | PromptRendered | TemplateRefused

@@ -22,9 +22,11 @@ from api.app import build_app
 from api.chat_template import ChatTemplate
 from api.config import ApiConfig
 from api.engine_client import EngineClient, Timeouts
+from api.template_files import TemplateFiles
 from api.tokenizer import TextTokenizer
+from ipc.messages import RenderChat
 from tests.api.fake_engine import FakeEngine, Script, says
-from tools.tiny_model.tokenizer import save_tokenizer
+from tools.tiny_model.tokenizer import BOS, CHAT_TEMPLATE, EOS, save_tokenizer
 
 DEADLINE_S = 10.0
 
@@ -51,6 +53,17 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
+class InlineRenderer:
+    """Implements ``ChatRenderer`` in this process."""
+
+    def __init__(self, source: str) -> None:
+        special_tokens = {"bos_token": BOS, "eos_token": EOS}
+        self._template = ChatTemplate(TemplateFiles({"default": source}, special_tokens))
+
+    async def render(self, chat: RenderChat) -> str:
+        return self._template.render(chat)
+
+
 @dataclass
 class Frontend:
     """``http`` calls the application without a socket; ``served`` has it on one."""
@@ -75,7 +88,11 @@ class Frontend:
 
 @contextlib.asynccontextmanager
 async def frontend(
-    script: Script | None = None, *, tokenizer: bool = True, **config_fields: Any
+    script: Script | None = None,
+    *,
+    tokenizer: bool = True,
+    template: str | None = CHAT_TEMPLATE,
+    **config_fields: Any,
 ) -> AsyncIterator[Frontend]:
     """A frontend whose engine answers by ``script``; its model has one token a byte."""
     with tempfile.TemporaryDirectory() as folder, zmq.asyncio.Context() as context:
@@ -91,7 +108,7 @@ async def frontend(
         try:
             await client.wait_connected(DEADLINE_S)
             text = TextTokenizer.from_folder(Path(folder))
-            app = build_app(config, client, text, ChatTemplate.from_folder(Path(folder)))
+            app = build_app(config, client, text, InlineRenderer(template) if template else None)
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://base") as http:
                 yield Frontend(app, engine, client, http, config)

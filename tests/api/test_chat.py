@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import pytest
 
-from api.chat_template import ChatTemplate
 from ipc.messages import FinishReason, Generate, TokenDelta, TokenLogprobs
 from tests.api.fake_engine import says
 from tests.api.frontend import error, events, frontend, on_loop
@@ -127,15 +126,53 @@ async def test_token_ids_are_returned_when_asked_for() -> None:
 
 
 @on_loop
-async def test_template_variables_reach_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = ChatTemplate("{{ mood }}{{ 'G' if add_generation_prompt }}", {})
-    monkeypatch.setattr(ChatTemplate, "from_folder", lambda *_: template)
-    async with frontend() as front:
+async def test_template_variables_reach_the_template() -> None:
+    async with frontend(template="{{ mood }}{{ 'G' if add_generation_prompt }}") as front:
         variables = {"mood": "m"}
         await front.chat(chat_template_kwargs=variables)
         await front.chat(chat_template_kwargs=variables, add_generation_prompt=False)
         prompts = [bytes(request.prompt_token_ids) for request in front.engine.requests]
     assert prompts == [b"mG", b"m"]
+
+
+@on_loop
+async def test_documents_and_reasoning_reach_the_template() -> None:
+    source = "{{ documents[0].text }}{{ messages[0].reasoning_content }}{{ messages[0].thinking }}"
+    async with frontend(template=source) as front:
+        messages = [{"role": "assistant", "content": "x", "reasoning": "r"}]
+        body = {"model": "base", "messages": messages, "documents": [{"text": "d"}]}
+        assert (await front.post("/v1/chat/completions", **body)).status_code == 200
+        assert bytes(front.engine.requests[0].prompt_token_ids) == b"drr"
+
+
+@on_loop
+async def test_the_final_message_is_continued_without_a_new_one_begun() -> None:
+    source = (
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ 'G' if add_generation_prompt }}"
+    )
+    async with frontend(template=source) as front:
+        await front.chat("ab", continue_final_message=True)
+        await front.chat("ab", continue_final_message=True, add_generation_prompt=False)
+        prompts = [bytes(request.prompt_token_ids) for request in front.engine.requests]
+        both = await front.chat("ab", continue_final_message=True, add_generation_prompt=True)
+    assert prompts == [b"<ab", b"<ab"]
+    assert error(both, 400)["param"] == "add_generation_prompt"
+
+
+@on_loop
+async def test_parts_reach_a_template_that_goes_through_them() -> None:
+    source = "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}"
+    async with frontend(template=source) as front:
+        await front.chat([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
+        assert bytes(front.engine.requests[0].prompt_token_ids) == b"[a][b]"
+
+
+@on_loop
+async def test_what_the_template_refuses_is_the_clients_error() -> None:
+    async with frontend(template="{{ raise_exception('roles must alternate') }}") as front:
+        refused = error(await front.chat(), 400)
+    assert refused["param"] == "messages"
+    assert "roles must alternate" in refused["message"]
 
 
 @on_loop
@@ -145,7 +182,6 @@ async def test_without_a_tokenizer_chats_are_refused() -> None:
 
 
 @on_loop
-async def test_without_a_template_chats_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChatTemplate, "from_folder", lambda *_: None)
-    async with frontend() as front:
+async def test_without_a_template_chats_are_refused() -> None:
+    async with frontend(template=None) as front:
         assert "no chat template" in error(await front.chat(), 400)["message"]

@@ -1,137 +1,215 @@
-"""Chat templates render as transformers renders them."""
+"""Which template is taken, what it is given, what it may not do."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from api.chat_template import ChatTemplate
+from api.template_files import TemplateFiles
 from ipc.errors import InvalidRequest
-from tools.tiny_model.tokenizer import save_tokenizer
+from ipc.messages import RenderChat
 
-# As those of Llama and of Qwen: nested blocks, whitespace control, loop controls, filters.
-HEADERS = """\
-{%- set ns = namespace(system=none) %}
-{%- for message in messages %}
-    {%- if message.role == 'system' %}
-        {%- set ns.system = message.content | trim %}
-        {%- break %}
-    {%- endif %}
-{%- endfor %}
-{{- bos_token }}
-{%- if ns.system %}<|header|>system
-{{ ns.system }}<|end|>
-{% endif %}
-{%- for message in messages if message.role != 'system' %}
-<|header|>{{ message['role'] }}
-{% if message.role == 'assistant' %}
-    {% generation %}
-{{ message.content }}{{ eos_token }}
-    {% endgeneration %}
-{% else %}
-{{ message.content }}
-{% endif %}
-{% endfor %}
-{% if add_generation_prompt %}<|header|>assistant
-{% endif %}"""
-CHATML = """\
-{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('an assistant can not begin') }}
-{% endif %}
-{% for message in messages %}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
-{% endfor %}
-{{ {'thinking': enable_thinking | default(true), 'tag': '<ü & "q">'} | tojson }}
-{{ messages | tojson(indent=2) }}
-{% if tools %}TOOLS{% endif %}{{ strftime_now('%Y') | length }}{{ pad_token }}
-{%- if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
-
-USER = {"role": "user", "content": "  <b>Hä?</b> & 'so' \n"}
-CHATS: list[list[dict[str, Any]]] = [
-    [USER],
-    [{"role": "system", "content": " be kind "}, USER],
-    [USER, {"role": "assistant", "content": "oh"}, USER],
-]
+USER = {"role": "user", "content": "mine"}
 
 
-def transformers_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+def render(source: str, messages: list[dict[str, Any]] | None = None, **chat: Any) -> str:
+    template = ChatTemplate(TemplateFiles({"default": source}, {"bos_token": "<s>"}))
+    return template.render(RenderChat(messages=messages or [USER], **chat))
 
 
-def load(folder: Path) -> ChatTemplate:
-    template = ChatTemplate.from_folder(folder)
-    assert template is not None
-    return template
+def named(**sources: str) -> ChatTemplate:
+    return ChatTemplate(TemplateFiles(sources, {}))
 
 
-@pytest.mark.parametrize("source", [HEADERS, CHATML], ids=["headers", "chatml"])
-@pytest.mark.parametrize("chat", CHATS)
-@pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_a_template_renders_as_transformers_renders_it(
-    tmp_path: Path, source: str, chat: list[dict[str, Any]], add_generation_prompt: bool
-) -> None:
-    save_tokenizer(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(source)
-    oracle = transformers_tokenizer(tmp_path).apply_chat_template(
-        chat,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        enable_thinking=False,
-    )
-    rendered = load(tmp_path).render(
-        chat,
-        add_generation_prompt=add_generation_prompt,
-        variables={"enable_thinking": False},
-    )
-    assert rendered == oracle
+def test_of_several_templates_the_default_one_is_taken_and_with_tools_their_own() -> None:
+    template = named(default="d", tool_use="t", rag="r")
+    assert template.render(RenderChat(messages=[USER])) == "d"
+    assert template.render(RenderChat(messages=[USER], tools=[{}])) == "t"
+    assert named(default="d").render(RenderChat(messages=[USER], tools=[{}])) == "d"
 
 
-def test_the_template_file_goes_before_the_one_in_the_configuration(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "config"}))
-    assert load(tmp_path).render(CHATS[0]) == "config"
-    (tmp_path / "chat_template.jinja").write_text("file")
-    assert load(tmp_path).render(CHATS[0]) == "file"
-    (tmp_path / "own.jinja").write_text("override")
-    override = ChatTemplate.from_folder(tmp_path, tmp_path / "own.jinja")
-    assert override is not None and override.render(CHATS[0]) == "override"
-
-
-def test_of_several_templates_the_default_one_is_taken(tmp_path: Path) -> None:
-    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
-    assert load(tmp_path).render(CHATS[0]) == "d"
-
-
-def test_a_folder_without_a_template_has_none(tmp_path: Path) -> None:
-    assert ChatTemplate.from_folder(tmp_path) is None
-
-
-def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
-    config = {"bos_token": {"content": "<s>", "lstrip": False}, "chat_template": "{{ bos_token }}"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert load(tmp_path).render(CHATS[0]) == "<s>"
+def test_without_a_default_the_templates_that_are_there_are_named() -> None:
+    with pytest.raises(InvalidRequest, match=r"called 'default', but 'rag', 'tool_use'"):
+        named(tool_use="t", rag="r").render(RenderChat(messages=[USER]))
 
 
 def test_what_the_template_refuses_is_the_clients_error() -> None:
-    template = ChatTemplate(CHATML, {})
     with pytest.raises(InvalidRequest, match="an assistant can not begin") as refused:
-        template.render([{"role": "assistant", "content": "hi"}])
+        render("{{ raise_exception('an assistant can not begin') }}")
     assert refused.value.param == "messages"
 
 
-def test_a_template_can_not_reach_out_of_its_sandbox() -> None:
-    template = ChatTemplate("{{ messages.__class__.__mro__ }}{{ messages.append(1) }}", {})
-    with pytest.raises(InvalidRequest, match=r"unsafe|not safe"):
-        template.render([])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ missing.attribute }}", "'missing' is undefined"),
+        ("{{ messages[0].name.first }}", "no attribute 'name'"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages | nosuch }}", "No filter named 'nosuch'"),
+        ("{{ '%d' % messages }}", "%d format"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{% include 'other' %}", "no loader"),
+    ],
+)
+def test_errors_within_a_template_say_what_they_are(source: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        render(source)
 
 
-def test_a_template_with_an_error_names_the_line() -> None:
-    with pytest.raises(InvalidRequest, match="chat template, line 2"):
-        ChatTemplate("ok\n{% if %}", {})
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages[0]['__class__'].__base__ }}",
+        "{{ (messages | attr('__class__')).__mro__ }}",
+        "{{ messages.append.__self__.x }}",
+        "{{ raise_exception.__globals__.x }}",
+        "{{ lipsum.__globals__['os'] }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ dict.__class__.x }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "{{ '{x.__class__.__mro__}'.format_map({'x': 1}) }}",
+        "{{ ['{0.__class__.__mro__}'.format] | map('call') | list }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ messages[0].pop('role') }}",
+        "{% import 'os' as os %}",
+        "{{ range(1000000000) | list }}",
+    ],
+)
+def test_a_template_can_not_reach_out_of_its_sandbox(source: str) -> None:
+    """Refused, or at least without a way on from where it got."""
+    try:
+        rendered = render(source)
+    except InvalidRequest:
+        return
+    assert rendered == ""
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set ns = namespace(__class__=1) %}",
+        "{% set ns = namespace({'_x': 1}) %}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+    ],
+)
+def test_a_namespace_takes_no_name_that_may_be_pythons_own(source: str) -> None:
+    with pytest.raises(InvalidRequest, match="expected one without a leading underscore"):
+        render(source)
+
+
+def test_a_namespace_takes_any_other_name() -> None:
+    source = (
+        "{% set ns = namespace({'a': 1}, self=2) %}{% set ns.b = 3 %}{{ ns.a ~ ns.self ~ ns.b }}"
+    )
+    assert render(source) == "123"
+    assert render("{{ dict.fromkeys('ab', 1) }}{{ dict([(1, 2)], c=3) }}") == (
+        "{'a': 1, 'b': 1}{1: 2, 'c': 3}"
+    )
+
+
+def test_what_a_sandboxed_template_does_leaves_the_messages_alone() -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": "x"}], "name": None}
+    render("{{ messages[0].content[0].text }}", [message], continue_final_message=True)
+    assert message == {"role": "user", "content": [{"type": "text", "text": "x"}], "name": None}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("ok\n{% if %}", "'default', line 2: Expected an expression"),
+        ("{% nosuch %}", "'default', line 1: Encountered unknown tag 'nosuch'"),
+        ("{% break %}", "'default'.*'break' outside loop"),
+        ("{% for x in y %}" * 30 + "{% endfor %}" * 30, "'default': too many statically nested"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "'default': maximum recursion"),
+    ],
+)
+def test_what_is_no_template_is_refused_by_its_name_and_line(source: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"chat template {message}"):
+        named(default=source)
 
 
 def test_variables_of_a_request_can_not_replace_its_messages() -> None:
-    template = ChatTemplate("{{ messages[0].content }}", {})
     variables = {"messages": [{"role": "user", "content": "other"}]}
-    assert template.render([{"role": "user", "content": "mine"}], variables=variables) == "mine"
+    assert render("{{ messages[0].content }}", variables=variables) == "mine"
+
+
+def test_variables_of_a_request_go_before_special_tokens() -> None:
+    assert render("{{ bos_token }}") == "<s>"
+    assert render("{{ bos_token }}", variables={"bos_token": "<own>"}) == "<own>"
+
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content }}",
+        "{{ messages[0]['content'] | trim }}",
+        "{% for m in messages %}{% set c = m.content %}{{ c }}{% endfor %}",
+        "{% for line in messages[0].content.split('\\n') %}{{ line ~ ('\\n' if not loop.last) }}"
+        "{% endfor %}",
+        "{{ messages[0].content[:1] }}\nb",
+    ],
+)
+def test_parts_are_joined_by_line_breaks_for_a_template_that_takes_text(source: str) -> None:
+    assert render(source, [{"role": "user", "content": PARTS}]) == "a\nb"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}",
+        "{% for m in messages %}{% set c = m['content'] %}{% for part in c %}[{{ part['text'] }}]"
+        "{% endfor %}{% endfor %}",
+        "{% macro text(value) %}{% for part in value %}[{{ part.text }}]{% endfor %}{% endmacro %}"
+        "{{ text(messages[0].content) }}",
+        "{% macro text(value=none) %}{% for part in value or [] %}[{{ part.text }}]{% endfor %}"
+        "{% endmacro %}{{ text(value=messages[0].content) }}",
+        "{% for part in messages[0].content | selectattr('type', 'equalto', 'text') %}"
+        "[{{ part.text }}]{% endfor %}",
+        "[{{ messages[0].content | map(attribute='text') | join('][') }}]",
+        "[{{ messages[0].content[0].text }}][{{ messages[0]['content'][1]['text'] }}]",
+        "{% set c = messages[0].content if messages else [] %}{% set d = c %}"
+        "{% for part in d %}[{{ part.text }}]{% endfor %}",
+    ],
+)
+def test_parts_stay_parts_for_a_template_that_goes_through_them(source: str) -> None:
+    assert render(source, [{"role": "user", "content": PARTS}]) == "[a][b]"
+
+
+CLOSED = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+
+
+def test_a_final_message_of_parts_is_continued_behind_its_last_text() -> None:
+    source = "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}"
+    chat = [{"role": "assistant", "content": PARTS}]
+    assert render(source, chat, continue_final_message=True) == "[a][b"
+
+
+def test_a_template_that_strips_messages_continues_the_stripped_one() -> None:
+    chat = [{"role": "assistant", "content": "so \n"}]
+    assert render(CLOSED, chat, continue_final_message=True) == "<so \n"
+    assert render(CLOSED.replace("nt }", "nt | trim }"), chat, continue_final_message=True) == "<so"
+
+
+@pytest.mark.parametrize(
+    ("source", "content"),
+    [
+        (CLOSED, None),
+        ("nothing of it", "so"),
+        (CLOSED + CLOSED, "so"),
+        (CLOSED.replace("nt }", "nt | tojson }"), '"so"'),
+        (CLOSED, "with the mark \ue0c0\ue0de\ue0c0"),
+    ],
+)
+def test_a_final_message_that_is_not_in_the_prompt_as_it_is_can_not_be_continued(
+    source: str, content: str | None
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        render(source, [{"role": "assistant", "content": content}], continue_final_message=True)
+    assert refused.value.param == "continue_final_message"

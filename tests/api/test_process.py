@@ -99,9 +99,12 @@ async def test_it_serves_when_it_says_so_and_ends_with_status_0_on_sigterm() -> 
             body = {"model": "base", "prompt": "x"}
             answer = (await http.post("/v1/completions", json=body)).json()
             assert answer["choices"][0]["text"] == "ok"
+            asked = {"model": "base", "messages": [{"role": "user", "content": "x"}]}
+            answer = (await http.post("/v1/chat/completions", json=asked)).json()
+            assert answer["choices"][0]["message"]["content"] == "ok"
             engine.script = waits
             waiting = asyncio.create_task(http.post("/v1/completions", json=body))
-            await until(lambda: len(engine.requests) == 2)
+            await until(lambda: len(engine.requests) == 3)
             api.process.send_signal(signal.SIGTERM)
             assert (await waiting).status_code == 503
         assert await api.ended() == 0
@@ -127,6 +130,17 @@ async def test_a_broken_tokenizer_is_said_to_the_supervisor() -> None:
         readiness = await api.readiness()
         assert readiness is not None and readiness.error is not None
         assert "tokenizer.json" in readiness.error.message
+        assert await api.ended() == 1
+
+
+@on_loop
+async def test_a_broken_chat_template_is_said_to_the_supervisor() -> None:
+    async with run_folder() as folder, engine_in(folder):
+        (Path(folder) / "chat_template.jinja").write_text("{% if %}")
+        api = ApiProcess(folder, config(folder))
+        readiness = await api.readiness()
+        assert readiness is not None and readiness.error is not None
+        assert "chat template 'default', line 1" in readiness.error.message
         assert await api.ended() == 1
 
 
