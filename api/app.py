@@ -1,14 +1,21 @@
 """The HTTP application: which path is served by whom."""
 
+import functools
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from api.adapter_routes import AdapterRoutes
+from api.api_keys import ApiKeys
 from api.chat_routes import ChatRoutes
 from api.completion_routes import CompletionRoutes
 from api.config import ApiConfig
+from api.documentation_routes import DocumentationRoutes
+from api.endpoints import Endpoint
 from api.engine_client import EngineClient
 from api.error_responses import (
     RequestRefused,
@@ -18,12 +25,16 @@ from api.error_responses import (
     on_sidestream_error,
 )
 from api.metrics import RequestMetrics
+from api.model_routes import ModelRoutes
 from api.request_ids import RequestIds
+from api.sglang_routes import SglangRoutes
 from api.status_routes import StatusRoutes
 from api.template_process import ChatRenderer
 from api.text_requests import TextRequests
+from api.tokenization_routes import TokenizationRoutes
 from api.tokenizer import TextTokenizer
 from ipc.errors import SidestreamError
+from ipc.release import release
 
 
 def build_app(
@@ -33,26 +44,22 @@ def build_app(
     template: ChatRenderer | None,
 ) -> ASGIApp:
     """The application. It has no lifespan: ``engine`` is run by the caller."""
+    keys = ApiKeys(config.api_key_digests, config.admin_key_digests)
     metrics = RequestMetrics(config.served_model_name)
     requests = TextRequests(config, engine, tokenizer, metrics)
-    completions = CompletionRoutes(requests)
-    chats = ChatRoutes(requests, template)
     adapters = AdapterRoutes(config, engine)
-    status = StatusRoutes(config, engine, metrics)
+    described = [
+        *CompletionRoutes(requests).endpoints,
+        *ChatRoutes(requests, template).endpoints,
+        *TokenizationRoutes(config, engine, tokenizer, template).endpoints,
+        *ModelRoutes(config, engine, metrics).endpoints,
+        *adapters.endpoints,
+        *SglangRoutes(adapters, engine).endpoints,
+        *StatusRoutes(config, engine, metrics, release()).endpoints,
+    ]
+    documentation = DocumentationRoutes(described, keys, release())
     app = Starlette(
-        routes=[
-            Route("/v1/completions", completions.create, methods=["POST"]),
-            Route("/v1/chat/completions", chats.create, methods=["POST"]),
-            Route("/v1/models", adapters.list_models),
-            Route("/v1/models/{model:path}", adapters.get_model),
-            Route("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
-            Route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
-            Route("/v1/prefetch_lora_adapters", adapters.prefetch, methods=["POST"]),
-            Route("/prefetch_lora_adapters", adapters.prefetch, methods=["POST"]),
-            Route("/health", status.health),
-            Route("/ready", status.ready),
-            Route("/metrics", status.metrics),
-        ],
+        routes=[_route(endpoint, keys) for endpoint in (*described, *documentation.endpoints)],
         exception_handlers={
             RequestRefused: on_refusal,
             SidestreamError: on_sidestream_error,
@@ -62,3 +69,13 @@ def build_app(
     )
     app.router.redirect_slashes = False
     return RequestIds(app)
+
+
+def _route(endpoint: Endpoint, keys: ApiKeys) -> Route:
+    handler = functools.partial(_guarded, endpoint, keys)
+    return Route(endpoint.path, handler, methods=[endpoint.method])
+
+
+async def _guarded(endpoint: Endpoint, keys: ApiKeys, request: Request) -> Response:
+    keys.check(request, endpoint.access)
+    return await endpoint.handler(request)

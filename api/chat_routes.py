@@ -3,8 +3,11 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.api_keys import Access
 from api.chat_answers import ChatWriter
-from api.openai_requests import ChatRequest
+from api.chat_requests import ChatRequest, template_messages
+from api.endpoints import ENGINE_ERRORS, Answer, Endpoint
+from api.openai_responses import ChatChunk, ChatCompletion
 from api.template_process import ChatRenderer
 from api.text_requests import TextRequests
 from api.tokenizer import TextTokenizer
@@ -19,6 +22,23 @@ class ChatRoutes:
         self._requests = requests
         self._template = template
 
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        return (
+            Endpoint(
+                "POST",
+                "/v1/chat/completions",
+                self.create,
+                Access.API,
+                "generation",
+                "Answer a chat",
+                (Answer("The answer.", body=ChatCompletion, events=ChatChunk),),
+                errors=(404, 422, *ENGINE_ERRORS),
+                body=ChatRequest,
+                description="Messages become a prompt by the chat template of the model's folder.",
+            ),
+        )
+
     async def create(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         requests = self._requests
@@ -27,7 +47,8 @@ class ChatRoutes:
         tokenizer, template = self._text_side()
         prompt = await template.render(
             RenderChat(
-                messages=call.template_messages(),
+                messages=template_messages(call.messages),
+                tools=call.template_tools,
                 documents=call.documents,
                 variables=call.chat_template_kwargs,
                 add_generation_prompt=call.begins_answer,

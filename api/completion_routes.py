@@ -5,8 +5,11 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.api_keys import Access
 from api.completion_answers import CompletionWriter
+from api.endpoints import ENGINE_ERRORS, Answer, Endpoint
 from api.openai_requests import CompletionRequest
+from api.openai_responses import Completion
 from api.text_requests import TextRequests
 from ipc.errors import InvalidRequest
 
@@ -18,6 +21,22 @@ class CompletionRoutes:
 
     def __init__(self, requests: TextRequests) -> None:
         self._requests = requests
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        return (
+            Endpoint(
+                "POST",
+                "/v1/completions",
+                self.create,
+                Access.API,
+                "generation",
+                "Continue prompts",
+                (Answer("The continuations.", body=Completion, events=Completion),),
+                errors=(404, 422, *ENGINE_ERRORS),
+                body=CompletionRequest,
+            ),
+        )
 
     async def create(self, request: Request) -> Response:
         """``POST /v1/completions``. Every choice of every prompt has its index in one list."""

@@ -16,6 +16,9 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     host: str = "127.0.0.1"
     port: int = 8000
     chat_template: str | None = None
+    # By ``api_keys.key_digest``, so that no configuration holds a key.
+    api_key_digests: tuple[str, ...] = ()
+    admin_key_digests: tuple[str, ...] = ()
 
     max_body_bytes: int = 32 * MiB
     max_choices_per_prompt: int = 128

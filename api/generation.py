@@ -125,7 +125,8 @@ class TextGeneration:
         wanted = [prompt for choices in self.prompts for prompt in choices]
         first_choices = self._first_choices()
         choices = [Choice(index, self.tokenizer, self.options) for index in range(len(wanted))]
-        with self.metrics.follow(wanted[0].adapter, len(wanted)) as follower:
+        adapters = {prompt.adapter for prompt in wanted}
+        with self.metrics.follow(adapters, len(wanted)) as follower:
             async with self.engine.generate(self.name, wanted) as stream:
                 async for index, delta in stream:
                     follower.tokens(index, len(delta.token_ids))

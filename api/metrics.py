@@ -6,7 +6,7 @@ Names that begin with ``vllm:`` mean what they mean in vLLM, so that its dashboa
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import prometheus_client
 
@@ -49,9 +49,11 @@ class RequestMetrics:
         self.waiting_adapters: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def follow(self, adapter: str | None, num_choices: int) -> Iterator["RequestFollower"]:
-        """Counts one HTTP request while it lasts, and its choices as they end."""
-        follower = RequestFollower(self, adapter, num_choices)
+    def follow(
+        self, adapters: Iterable[str | None], num_choices: int
+    ) -> Iterator["RequestFollower"]:
+        """Counts one HTTP request while it lasts, for each adapter, and its choices' ends."""
+        follower = RequestFollower(self, adapters, num_choices)
         reason = "abort"
         try:
             yield follower
@@ -82,9 +84,11 @@ class RequestMetrics:
 class RequestFollower:
     """Where one HTTP request stands."""
 
-    def __init__(self, metrics: RequestMetrics, adapter: str | None, num_choices: int) -> None:
+    def __init__(
+        self, metrics: RequestMetrics, adapters: Iterable[str | None], num_choices: int
+    ) -> None:
         self._metrics = metrics
-        self._adapter = adapter
+        self._adapters = {adapter for adapter in adapters if adapter is not None}
         self._started_s = time.perf_counter()
         self._last_s: list[float | None] = [None] * num_choices
         self._num_open = num_choices
@@ -119,7 +123,7 @@ class RequestFollower:
         self._move(metrics.waiting_adapters if self._waiting else metrics.running_adapters, -1)
 
     def _move(self, counts: Counter[str], by: int) -> None:
-        if self._adapter is not None:
-            counts[self._adapter] += by
-            if counts[self._adapter] == 0:
-                del counts[self._adapter]
+        for adapter in self._adapters:
+            counts[adapter] += by
+            if counts[adapter] == 0:
+                del counts[adapter]

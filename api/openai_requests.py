@@ -1,12 +1,14 @@
-"""What clients may send: OpenAI's fields and the extra ones of vLLM that are served here.
+"""What clients may send to both endpoints that generate text, and to ``/v1/completions``.
 
-A field that is absent or null has the default that is given here. Fields that are not declared
-are the affair of ``refused_fields``.
+OpenAI's fields and the extra ones of vLLM and SGLang that are served here. A field that is absent
+or null has the default that is given here. Fields that are not declared are the affair of
+``refused_fields``.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from ipc.errors import InvalidRequest
 from ipc.messages import SamplingParams
@@ -14,42 +16,107 @@ from ipc.messages import SamplingParams
 # OpenAI's default for the older endpoint.
 COMPLETION_MAX_TOKENS = 16
 
-AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+_INT32_MAX = 2**31 - 1
+
+AtLeastOne = Annotated[int, Meta(ge=1)]
+TokenId = Annotated[int, Meta(ge=0)]
+# The engine's own ranges, so that clients are told of them beforehand.
+Temperature = Annotated[float, Meta(ge=0.0, le=1000.0)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
+TopK = Annotated[int, Meta(ge=-1, le=_INT32_MAX)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+RepetitionPenalty = Annotated[float, Meta(gt=0.0, le=1000.0)]
+Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
+BiasByToken = Annotated[
+    dict[int, Bias],
+    Meta(extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}}),
+]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    """``include_usage`` adds one last chunk; ``continuous_usage_stats`` fills in every chunk."""
+    """What a stream tells besides text."""
 
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    include_usage: Annotated[
+        bool | None,
+        Meta(description="Adds one chunk without choices, with the usage, before the end."),
+    ] = None
+    continuous_usage_stats: Annotated[
+        bool | None, Meta(description="Tells in every chunk of the usage up to then.")
+    ] = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The fields that both endpoints have in common."""
 
-    model: str
-    n: AtLeastOne | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    model: Annotated[
+        str, Meta(description="The base model, an adapter, or an adapter as `base:adapter`.")
+    ]
+    n: Annotated[
+        AtLeastOne | None, Meta(description="How many choices to make of each prompt (1).")
+    ] = None
+    stream: Annotated[
+        bool | None, Meta(description="Sends text as it comes, as server-sent events.")
+    ] = None
+    stream_options: Annotated[
+        StreamOptions | None, Meta(description="Only together with `stream`.")
+    ] = None
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    temperature: Annotated[
+        Temperature | None, Meta(description="0 always takes the likeliest token (1).")
+    ] = None
+    top_p: Annotated[
+        TopP | None, Meta(description="Draws from the likeliest tokens that have this share (1).")
+    ] = None
+    top_k: Annotated[
+        TopK | None, Meta(description="Draws from this many likeliest tokens; 0 or -1: from all.")
+    ] = None
+    min_p: Annotated[
+        Fraction | None,
+        Meta(description="Draws from tokens at least this likely, over the likeliest one (0)."),
+    ] = None
+    seed: Annotated[
+        Seed | None,
+        Meta(description="Makes the tokens repeatable; each further choice takes the next seed."),
+    ] = None
+    presence_penalty: Annotated[
+        Penalty | None, Meta(description="Taken from the logits of tokens generated before (0).")
+    ] = None
+    frequency_penalty: Annotated[
+        Penalty | None,
+        Meta(description="Taken from a token's logit for each time it was generated (0)."),
+    ] = None
+    repetition_penalty: Annotated[
+        RepetitionPenalty | None,
+        Meta(description="Above 1, makes tokens of prompt and answer less likely (1)."),
+    ] = None
+    logit_bias: Annotated[
+        BiasByToken | None, Meta(description="Added to the logits of these token ids.")
+    ] = None
 
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
+    min_tokens: Annotated[
+        Annotated[int, Meta(ge=0, le=_INT32_MAX)] | None,
+        Meta(description="Neither end of text nor any stop before this many tokens (0)."),
+    ] = None
+    ignore_eos: Annotated[
+        bool | None, Meta(description="Goes on beyond the model's end of text.")
+    ] = None
+    stop: Annotated[
+        str | list[str] | None, Meta(description="Strings at which the answer ends, without them.")
+    ] = None
+    stop_token_ids: Annotated[
+        list[TokenId] | None, Meta(description="Tokens at which the answer ends.")
+    ] = None
+    include_stop_str_in_output: Annotated[
+        bool | None, Meta(description="Shows the stop string or token that ended the answer.")
+    ] = None
+    skip_special_tokens: Annotated[
+        bool | None, Meta(description="Leaves control tokens out of the text (true).")
+    ] = None
+    return_token_ids: Annotated[
+        bool | None, Meta(description="Adds the token ids of prompt and answer.")
+    ] = None
 
     @property
     def num_choices(self) -> int:
@@ -74,7 +141,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
             # vLLM's -1 means, like 0, that the filter is off.
             top_k=0 if top_k == -1 else top_k,
             min_p=_or(self.min_p, 0.0),
-            seed=None if self.seed is None else _wrapped_seed(self.seed, choice),
+            seed=None if self.seed is None else _next_seed(self.seed, choice),
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             repetition_penalty=_or(self.repetition_penalty, 1.0),
@@ -109,13 +176,30 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
-    """``POST /v1/completions``."""
+    """Prompts that the model is to continue."""
 
-    prompt: str | list[int | str | list[int]]
-    max_tokens: int | None = COMPLETION_MAX_TOKENS
-    logprobs: int | None = None
-    echo: bool | None = None
-    best_of: int | None = None
+    prompt: Annotated[
+        str | list[int | str | list[int]],
+        Meta(description="A text, texts, token ids, or arrays of token ids."),
+    ]
+    max_tokens: Annotated[
+        AtLeastOne | None,
+        Meta(description="Longest answer; null: as long as the model allows."),
+    ] = COMPLETION_MAX_TOKENS
+    logprobs: Annotated[
+        int | None, Meta(description="Reports each token's logprob, and those of as many others.")
+    ] = None
+    echo: Annotated[
+        bool | None, Meta(description="Begins the answer with the prompt; not with `logprobs`.")
+    ] = None
+    best_of: Annotated[int | None, Meta(description="Nothing but the value of `n`.")] = None
+    add_special_tokens: Annotated[
+        bool | None, Meta(description="Begins texts as the tokenizer does, with its BOS (true).")
+    ] = None
+    lora_path: Annotated[
+        str | list[str | None] | None,
+        Meta(description="SGLang's name for the adapter, or one for each prompt; null: the base."),
+    ] = None
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt. Raises ``InvalidRequest`` when kinds of prompt are mixed."""
@@ -142,145 +226,10 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
             )
         if self.echo and self.logprobs is not None:
             raise InvalidRequest(
-                "echo: expected false together with logprobs: the prompt's own are not computed",
+                "echo: expected false together with logprobs, got true: the prompt's own are not"
+                " computed",
                 param="echo",
             )
-
-
-class TextPart(msgspec.Struct, frozen=True):
-    """One part of a message's content; parts other than text are refused."""
-
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One message. Roles beside these are what tools would need.
-
-    ``reasoning_content``, by vLLM also called ``reasoning``, is what the model had thought.
-    """
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[Any] | None = None
-
-
-class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
-    """``POST /v1/chat/completions``."""
-
-    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    echo: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    documents: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def answer_tokens(self) -> int | None:
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
-        return self.max_tokens
-
-    @property
-    def begins_answer(self) -> bool:
-        """Whether the prompt ends with what a new message of the assistant begins with."""
-        if self.add_generation_prompt is None:
-            return not self.continue_final_message
-        return self.add_generation_prompt
-
-    def check_supported(self) -> None:
-        """Raises ``InvalidRequest`` for combinations that are not served."""
-        if self.continue_final_message and self.begins_answer:
-            raise InvalidRequest(
-                "add_generation_prompt: expected false together with continue_final_message,"
-                " got true: the prompt ends within a message, or with a new one's beginning",
-                param="add_generation_prompt",
-            )
-        if self.top_logprobs and not self.logprobs:
-            raise InvalidRequest(
-                "top_logprobs: expected only together with logprobs true", param="top_logprobs"
-            )
-        if self.echo:
-            raise InvalidRequest(
-                "echo: expected false: a chat has no prompt to repeat", param="echo"
-            )
-
-    def template_messages(self) -> list[dict[str, Any]]:
-        """The messages as a chat template takes them."""
-        return [
-            _template_message(message, f"messages[{place}]")
-            for place, message in enumerate(self.messages)
-        ]
-
-
-class LoadAdapterRequest(msgspec.Struct, frozen=True):
-    """``POST /v1/load_lora_adapter``. ``load_inplace`` puts it in the place of its namesake."""
-
-    lora_name: str
-    lora_path: str
-    load_inplace: bool | None = None
-    pinned: bool | None = None
-
-
-class UnloadAdapterRequest(msgspec.Struct, frozen=True):
-    """``POST /v1/unload_lora_adapter``."""
-
-    lora_name: str
-
-
-class PrefetchAdaptersRequest(msgspec.Struct, frozen=True):
-    """``POST /v1/prefetch_lora_adapters``: adapters that are likely to be asked for."""
-
-    lora_names: list[str]
-
-
-def _template_message(message: ChatMessage, path: str) -> dict[str, Any]:
-    if message.tool_calls:
-        raise InvalidRequest(
-            f"{path}.tool_calls is not supported: expected it absent or null",
-            param=f"{path}.tool_calls",
-        )
-    if message.content is None:
-        raise InvalidRequest(
-            f"{path}.content: expected a string or text parts, got null", param=f"{path}.content"
-        )
-    content: str | list[dict[str, str]]
-    if isinstance(message.content, str):
-        content = message.content
-    else:
-        content = [
-            {"type": "text", "text": _part_text(part, f"{path}.content[{place}]")}
-            for place, part in enumerate(message.content)
-        ]
-    rendered = {
-        "role": message.role,
-        "content": content,
-        "name": message.name,
-        "reasoning_content": message.reasoning_content,
-        "reasoning": message.reasoning,
-    }
-    return {name: value for name, value in rendered.items() if value is not None}
-
-
-def _part_text(part: TextPart, path: str) -> str:
-    if part.type != "text":
-        raise InvalidRequest(
-            f"{path}.type: expected 'text', got {part.type!r}", param=f"{path}.type"
-        )
-    if part.text is None:
-        raise InvalidRequest(f"{path}.text: this field is required", param=f"{path}.text")
-    return part.text
 
 
 def _describe_mixture(kinds: set[type]) -> str:
@@ -290,10 +239,8 @@ def _describe_mixture(kinds: set[type]) -> str:
     return "a mixture of " + " and ".join(sorted(names[kind] for kind in kinds))
 
 
-def _wrapped_seed(seed: int, choice: int) -> int:
-    """The next seeds of a signed 64-bit one; one that is out of range stays so, to be refused."""
-    if not -(2**63) <= seed < 2**63:
-        return seed
+def _next_seed(seed: int, choice: int) -> int:
+    """The ``choice``-th seed after ``seed``; the smallest follows the largest."""
     return (seed + choice + 2**63) % 2**64 - 2**63
 
 

@@ -1,13 +1,24 @@
-"""What clients get: OpenAI's objects, with the extra fields that vLLM's clients know."""
+"""Generated text as clients get it: OpenAI's objects, with extra fields of vLLM's."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
+
+FinishReason = Annotated[
+    str | None, Meta(description="`stop` or `length`; null until the choice has ended.")
+]
+StopReason = Annotated[
+    str | int | None,
+    Meta(description="The stop string or the token of `stop_token_ids` that was met."),
+]
+TokenIds = Annotated[list[int], Meta(description="Where `return_token_ids` asked for them.")]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    cached_tokens: int
+    """Of the prompts' tokens."""
+
+    cached_tokens: Annotated[int, Meta(description="Those found in the prefix cache.")]
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -32,17 +43,19 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
+    """One continuation, or what a chunk adds to it. Prompts' choices are numbered through."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: str | None
-    stop_reason: str | int | None
-    token_ids: list[int] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
+    finish_reason: FinishReason
+    stop_reason: StopReason
+    token_ids: TokenIds | UnsetType = UNSET
+    prompt_token_ids: TokenIds | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer, and a chunk of a streamed one: they differ in ``usage`` alone."""
+    """A whole answer, or a chunk of a streamed one: they differ in ``usage`` alone."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -56,12 +69,16 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
+    """A token that could have come."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class ChatLogprob(msgspec.Struct, frozen=True):
+    """A token that came; ``bytes`` are its very own."""
+
     token: str
     logprob: float
     bytes: list[int]
@@ -69,88 +86,67 @@ class ChatLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
+    """One entry a token."""
+
     content: list[ChatLogprob]
 
 
 class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model says."""
+
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
+    """One answer."""
+
     index: int
     message: ChatAnswer
     logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    stop_reason: str | int | None
-    token_ids: list[int] | UnsetType = UNSET
+    finish_reason: FinishReason
+    stop_reason: StopReason
+    token_ids: TokenIds | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: TokenIds | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chunk adds; the first names the role."""
+
     role: Literal["assistant"] | UnsetType = UNSET
     content: str
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
+    """What a chunk adds to one answer."""
+
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    stop_reason: str | int | None
-    token_ids: list[int] | UnsetType = UNSET
+    finish_reason: FinishReason
+    stop_reason: StopReason
+    token_ids: TokenIds | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of a streamed answer."""
+
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
-
-
-# --- /v1/models --------------------------------------------------------------------------------
-
-
-class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """The base model (``parent`` null), or an adapter, whose ``root`` is its path."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["sidestream"] = "sidestream"
-    root: str
-    parent: str | None
-    max_model_len: int
-    permission: list[str] = []
-
-
-class ModelList(msgspec.Struct, frozen=True, kw_only=True):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class PrefetchedAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter that was hinted at; ``residency`` is the fastest tier that holds all of it."""
-
-    lora_name: str
-    residency: str
-
-
-class PrefetchedAdapters(msgspec.Struct, frozen=True, kw_only=True):
-    """In the order in which the names were given, each once."""
-
-    object: Literal["list"] = "list"
-    data: list[PrefetchedAdapter]
+    prompt_token_ids: TokenIds | UnsetType = UNSET

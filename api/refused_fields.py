@@ -13,13 +13,15 @@ from typing import Any
 
 import msgspec
 
+from api.bodies import shorten
 from ipc.errors import InvalidRequest
 
 # The values, besides null, with which the field asks for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    # Tools and constrained output.
+    # Tools, where they are not served, and constrained output.
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -28,6 +30,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": ([],),
     "guided_grammar": (),
+    "structural_tag": (),
     "grammar": ("",),
     "json_schema": (),
     "regex": (),
@@ -38,6 +41,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "logits_processors": ([],),
+    "custom_logit_processor": (),
+    "stop_regex": ([], ""),
+    "no_stop_trim": (False,),
     "suffix": ("",),
     # Other prompts than the one that would be used.
     "truncate_prompt_tokens": (),
@@ -45,10 +51,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "reasoning_effort": (),
     "reasoning": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
-    "lora_path": (),
+    # A prefix cache that is not shared with requests of another salt.
+    "cache_salt": ("",),
     # Other answers than text.
     "prompt_logprobs": (),
+    "return_tokens_as_token_ids": (False,),
+    "return_hidden_states": (False,),
     "modalities": (["text"],),
     "audio": (),
 }
@@ -56,20 +66,25 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 _decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def check_refused(body: bytes) -> None:
-    """Raises ``InvalidRequest`` for a field that is refused; ``body`` is a JSON object."""
+def check_refused(body: bytes, body_type: type[msgspec.Struct]) -> None:
+    """Raises ``InvalidRequest`` for a field that is refused.
+
+    ``body`` is the JSON of a ``body_type``, which serves what it declares.
+    """
     for name, raw in _decoder.decode(body).items():
         harmless = REFUSED.get(name)
-        if harmless is None:
+        if harmless is None or name in body_type.__struct_fields__:
             continue
         value = msgspec.json.decode(raw)
         if value is not None and value not in harmless:
             raise InvalidRequest(
-                f"{name} is not supported: expected it absent or null, got {_shorten(raw)}",
+                f"{name} is not supported: expected it {_absent_or(harmless)},"
+                f" got {shorten(bytes(raw))}",
                 param=name,
             )
 
 
-def _shorten(raw: msgspec.Raw) -> str:
-    text = bytes(raw).decode(errors="replace")
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _absent_or(harmless: tuple[Any, ...]) -> str:
+    """``absent, null or "x"``"""
+    choices = ["absent", "null", *(msgspec.json.encode(value).decode() for value in harmless)]
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"

@@ -12,9 +12,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.answers import AnswerWriter, join
-from api.error_responses import ErrorEnvelope, error_body
+from api.error_responses import ErrorEnvelope, defect, error_body
 from api.generation import Piece
-from ipc.errors import Cancelled, Internal, SidestreamError
+from api.request_ids import request_id
+from ipc.errors import Cancelled, SidestreamError
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ async def answer_streamed(
     write_timeout_s: float,
 ) -> Response:
     """A response that begins with the first piece: an error before it still has its status."""
-    events = _events(pieces, writer, include_usage)
+    events = _events(request_id(request), pieces, writer, include_usage)
     first = await while_connected(request.receive, _next(events))
     return EventStream(first, events, write_timeout_s)
 
@@ -90,9 +91,13 @@ class EventStream(Response):
             try:
                 await while_connected(receive, self._send_all(send))
             except Cancelled:
-                logger.debug("a client left its stream")
+                logger.debug("request %s: the client left its stream", scope["state"]["request_id"])
             except TimeoutError:
-                logger.info("a client took nothing for %g s: dropped", self._write_timeout_s)
+                logger.info(
+                    "request %s: dropped, for the client took nothing for %g s",
+                    scope["state"]["request_id"],
+                    self._write_timeout_s,
+                )
 
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -108,7 +113,10 @@ class EventStream(Response):
 
 
 async def _events(
-    pieces: AsyncGenerator[Piece, None], writer: AnswerWriter, include_usage: bool
+    request_id: str,
+    pieces: AsyncGenerator[Piece, None],
+    writer: AnswerWriter,
+    include_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
     begun = False
     async with contextlib.aclosing(pieces):
@@ -126,8 +134,8 @@ async def _events(
             if not begun:
                 raise
             # The status has been sent: all that is left is to say it in the stream.
-            logger.exception("a stream broke")
-            yield _event(ErrorEnvelope(error_body(Internal("the server has made a mistake"))))
+            logger.exception("request %s: its stream broke", request_id)
+            yield _event(ErrorEnvelope(error_body(defect(request_id))))
             return
     if include_usage:
         yield _event(writer.usage_chunk())

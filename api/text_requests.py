@@ -10,12 +10,13 @@ from starlette.responses import Response
 
 from api.answers import AnswerHeader, AnswerWriter
 from api.bodies import decode_body, read_body
+from api.chat_requests import ChatRequest
 from api.config import ApiConfig
 from api.engine_client import EngineClient, Prompt
-from api.error_responses import context_length_exceeded, model_not_found
+from api.error_responses import RequestRefused, context_length_exceeded, model_not_found
 from api.generation import TextGeneration, TextOptions
 from api.metrics import RequestMetrics
-from api.openai_requests import GenerationRequest
+from api.openai_requests import CompletionRequest
 from api.refused_fields import check_refused
 from api.request_ids import request_id
 from api.sse import answer_streamed, answer_whole
@@ -23,7 +24,8 @@ from api.tokenizer import TextTokenizer
 from ipc.errors import AdapterNotFound, InvalidRequest, SidestreamError
 from ipc.messages import Welcome
 
-Body = TypeVar("Body", bound=GenerationRequest)
+GenerationCall = CompletionRequest | ChatRequest
+Body = TypeVar("Body", CompletionRequest, ChatRequest)
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,44 @@ class TextRequests:
         config = self.config
         body = await read_body(request, config.max_body_bytes, config.body_timeout_s)
         call = decode_body(body, body_type)
-        check_refused(body)
+        check_refused(body, body_type)
         call.check_options(
             config.max_choices_per_prompt, config.max_stop_strings, config.max_stop_string_chars
         )
         return call
 
-    def adapter(self, model: str) -> str | None:
-        """The adapter that ``model`` asks for: by its name, or as ``base:name``."""
-        if model == self.config.served_model_name:
-            return None
-        return model.removeprefix(f"{self.config.served_model_name}:")
+    def adapters(self, call: GenerationCall, num_prompts: int) -> list[str | None]:
+        """The adapter of each prompt: by ``model``, as its name or ``base:name``, or ``lora_path``.
+
+        Raises:
+            InvalidRequest: both name one, but not the same, or there is not one for each prompt.
+        """
+        base = self.config.served_model_name
+        named = None if call.model == base else call.model.removeprefix(f"{base}:")
+        given = call.lora_path
+        if isinstance(given, list):
+            if len(given) != num_prompts:
+                raise InvalidRequest(
+                    f"lora_path: expected one for each of {num_prompts} prompts, got {len(given)}",
+                    param="lora_path",
+                )
+            wanted = given
+        else:
+            wanted = [given] * num_prompts
+        if named is None:
+            return wanted
+        for other in wanted:
+            if other not in (None, named):
+                raise InvalidRequest(
+                    f"lora_path: expected it absent or {named!r}, which model names, got {other!r}",
+                    param="lora_path",
+                )
+        return [named] * num_prompts
 
     def generation(
         self,
         request: Request,
-        call: GenerationRequest,
+        call: GenerationCall,
         prompts: Sequence[list[int]],
         *,
         max_tokens: int | None,
@@ -68,8 +92,8 @@ class TextRequests:
 
         Raises:
             RequestRefused: prompt and answer do not fit into the model's length.
-            InvalidRequest: tokens that the model does not have, or more logprobs than the
-                engine gives.
+            InvalidRequest: tokens that the model does not have, more logprobs than the engine
+                gives, or as ``adapters``.
             Unavailable: the engine is away.
         """
         welcome = self.engine.welcome
@@ -82,7 +106,7 @@ class TextRequests:
                 f"{param}: expected one of [0, {welcome.max_logprobs}], got {logprobs}",
                 param=param,
             )
-        adapter = self.adapter(call.model)
+        adapters = self.adapters(call, len(prompts))
         return TextGeneration(
             engine=self.engine,
             tokenizer=self.tokenizer,
@@ -99,7 +123,7 @@ class TextRequests:
                     )
                     for choice in range(call.num_choices)
                 ]
-                for prompt in prompts
+                for prompt, adapter in zip(prompts, adapters, strict=True)
             ],
             options=TextOptions(
                 stops=call.stop_strings,
@@ -111,7 +135,7 @@ class TextRequests:
         )
 
     def header(
-        self, request: Request, call: GenerationRequest, prefix: str, generation: TextGeneration
+        self, request: Request, call: GenerationCall, prefix: str, generation: TextGeneration
     ) -> AnswerHeader:
         """What every part of the answer repeats."""
         options = call.stream_options
@@ -127,7 +151,7 @@ class TextRequests:
     async def answer(
         self,
         request: Request,
-        call: GenerationRequest,
+        call: GenerationCall,
         generation: TextGeneration,
         writer: AnswerWriter,
         *,
@@ -151,11 +175,17 @@ class TextRequests:
                 write_timeout_s=self.config.write_timeout_s,
             )
         except AdapterNotFound as error:
-            raise model_not_found(call.model, self.config.served_model_name) from error
+            raise self._unknown_model(call, error) from error
         except SidestreamError as error:
             if error.param == "prompt":
                 error.param = prompt_param
             raise
+
+    def _unknown_model(self, call: GenerationCall, error: AdapterNotFound) -> RequestRefused:
+        if call.model == self.config.served_model_name:
+            code = "model_not_found"
+            return RequestRefused(404, error.message, param="lora_path", code=code)
+        return model_not_found(call.model, self.config.served_model_name)
 
 
 def _check_length(

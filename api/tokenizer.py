@@ -64,6 +64,10 @@ class TextTokenizer:
         ids: list[int] = encoding.ids
         return ids
 
+    def piece(self, token_id: int) -> str:
+        """What the vocabulary calls the token; empty for an id that it lacks."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token is one of control, and no text unless that is asked for."""
         return token_id in self._special

@@ -8,7 +8,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ from rich.markup import escape
 
 from api.config import ApiConfig
 from ipc.errors import InvalidRequest, SidestreamError
+from ipc.release import release
 from tools.bench.command import run_bench
 from tools.bench.options import add_bench_arguments
 from tools.bench.plan import plan_bench
@@ -31,6 +31,7 @@ from tools.client_commands import (
 )
 from tools.http_client import HttpClient
 from tools.inspect_adapter import add_inspect_arguments, run_inspect
+from tools.options.keys import client_key
 from tools.serve import ReadyServer, ServePlan, add_serve_arguments, plan_server, serve
 from tools.timeline.command import add_timeline_arguments, run_timeline
 from tools.values import parse_count, parse_name_and_path, parse_number, parse_seconds, parse_seed
@@ -74,7 +75,7 @@ def make_parser() -> Parser:
         prog="sidestream",
         description="Serves one language model and very many LoRA adapters.",
     )
-    parser.add_argument("--version", action="version", version=f"sidestream {_version()}")
+    parser.add_argument("--version", action="version", version=f"sidestream {release()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serving = commands.add_parser("serve", help="Start a server.", description="Starts a server.")
@@ -181,13 +182,6 @@ def _add_url(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _version() -> str:
-    try:
-        return version("sidestream")
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
 def _fail(message: str, status: int = 1) -> int:
     """Prints ``message`` as one line; ``status``."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -211,7 +205,7 @@ def print_ready(plan: ServePlan, server: ReadyServer) -> None:
 
 
 def _client(arguments: argparse.Namespace) -> HttpClient:
-    return HttpClient(arguments.url, arguments.timeout)
+    return HttpClient(arguments.url, arguments.timeout, client_key(os.environ))
 
 
 def _table_console() -> Console:

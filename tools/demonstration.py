@@ -5,6 +5,7 @@ There is room for two of the four adapters, so that they come and go while they 
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import threading
@@ -23,6 +24,7 @@ from ipc.image import padded_rank
 from tools.cli import make_parser
 from tools.client_commands import counter
 from tools.http_client import HttpClient
+from tools.options.keys import client_key
 from tools.serve import ReadyServer, plan_server, reserve_port, serve
 from tools.tiny_model.cache import TinyModel, ensure_tiny_model
 from tools.values import parse_port
@@ -46,7 +48,7 @@ class Demonstration:
 
     def run(self, server: ReadyServer) -> None:
         """Asks everybody everything; then ends the server, or says how to go on."""
-        client = HttpClient(server.url, TIMEOUT_S)
+        client = HttpClient(server.url, TIMEOUT_S, client_key(os.environ))
         try:
             for question in QUESTIONS:
                 for adapter in (None, *self._model.adapters):

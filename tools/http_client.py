@@ -18,10 +18,11 @@ _BY_STATUS = {code.http_status: code for code in ErrorCode}
 class HttpClient:
     """Asks the server at ``url``; each operation on its connection ends in ``timeout_s``.
 
-    It is used by one thread, and goes past proxies: a server is near its commands.
+    It is used by one thread, and goes past proxies: a server is near its commands. ``key`` goes
+    with every request.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, key: str | None = None) -> None:
         """Raises ``InvalidRequest`` when ``url`` is not an http or https one with a host."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
@@ -34,6 +35,9 @@ class HttpClient:
             ) from None
         self._prefix = parts.path.rstrip("/")
         self._timeout_s = timeout_s
+        self._headers = {"accept": "*/*"}
+        if key is not None:
+            self._headers["authorization"] = f"Bearer {key}"
         self.url = url
 
     def get(self, path: str) -> bytes:
@@ -66,7 +70,7 @@ class HttpClient:
         self, method: str, path: str, body: dict[str, Any] | None
     ) -> Iterator[http.client.HTTPResponse]:
         connection = self._new_connection(self._host, self._port, timeout=self._timeout_s)
-        headers = {"accept": "*/*"} | ({"content-type": "application/json"} if body else {})
+        headers = self._headers | ({"content-type": "application/json"} if body else {})
         try:
             content = msgspec.json.encode(body) if body is not None else None
             connection.request(method, self._prefix + path, content, headers)

@@ -25,6 +25,7 @@ from ipc.trace import create_trace
 from loader.config import LoaderConfig
 from loader.remote.address import SCHEMES, parse_address
 from tools.child import ChildSpec
+from tools.options.keys import add_key_options, admin_key_digests, api_key_digests
 from tools.options.table import add_options, given_values
 from tools.supervisor import ServerSpec, Supervisor
 from tools.supervisor_config import SupervisorConfig
@@ -115,6 +116,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="Adapters at hf://, s3:// and https:// addresses below PREFIX may be loaded while the"
         " server runs. May be given again.",
     )
+    add_key_options(parser)
     add_options(parser)
 
 
@@ -159,6 +161,8 @@ def plan_server(arguments: argparse.Namespace) -> ServePlan:
             api=ApiConfig(
                 model=str(model),
                 served_model_name=name,
+                api_key_digests=api_key_digests(arguments, os.environ),
+                admin_key_digests=admin_key_digests(arguments, os.environ),
                 connect_timeout_s=supervisor.startup_timeout_s,
                 **given_values(arguments, ApiConfig),
             ),

@@ -85,6 +85,7 @@ class FakeEngine:
         self.cancelled: list[RequestId] = []
         self.calls: list[ClientMessage] = []
         self.adapters: dict[str, AdapterStatus] = {}
+        self.folder_names: list[str] = []
         self.is_deaf = False
         self.loader_connected = True
         self._endpoint = endpoint
@@ -163,7 +164,7 @@ class FakeEngine:
                         raise AdapterNotFound(f"no adapter is called {listed}", param="names")
                     return Prefetching(call_id, [self.adapters[name] for name in names])
                 case ListAdapters(call_id):
-                    return AdapterList(call_id, list(self.adapters.values()), [])
+                    return AdapterList(call_id, list(self.adapters.values()), self.folder_names)
                 case GetStats(call_id):
                     return self._stats(call_id)
                 case _:

@@ -129,7 +129,10 @@ async def served(
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
         server = HttpServer(front.app, front.client, drain_s, started.set)
         serving = asyncio.create_task(server.serve([listener]))
+        serving.add_done_callback(lambda _: started.set())
         await started.wait()
+        if serving.done():
+            serving.result()
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:

@@ -62,17 +62,6 @@ async def test_other_content_than_text_is_refused_by_its_place(content: object, 
 
 
 @on_loop
-async def test_roles_of_tools_are_refused() -> None:
-    async with frontend() as front:
-        messages = [{"role": "tool", "content": "x", "tool_call_id": "1"}]
-        response = await front.post("/v1/chat/completions", model="base", messages=messages)
-        assert error(response, 400)["param"] == "messages[0].role"
-        messages = [{"role": "assistant", "content": "x", "tool_calls": [{}]}]  # type: ignore[dict-item]
-        response = await front.post("/v1/chat/completions", model="base", messages=messages)
-        assert error(response, 400)["param"] == "messages[0].tool_calls"
-
-
-@on_loop
 async def test_max_completion_tokens_goes_before_max_tokens() -> None:
     async with frontend() as front:
         await front.chat(max_tokens=5, max_completion_tokens=6)

@@ -134,7 +134,10 @@ async def test_a_server_that_stops_lets_streams_end_and_ends_those_that_do_not()
 async def test_a_client_that_stops_reading_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     body = {"model": "base", "prompt": "x", "stream": True, "n": 100, "return_token_ids": True}
     payload = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(payload)}\r\n\r\n"
+    )
     async with frontend(says("x" * 20), write_timeout_s=0.1) as front:
         with caplog.at_level(logging.INFO, "api.sse"), socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

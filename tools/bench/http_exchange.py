@@ -7,7 +7,7 @@ stream of 300-byte events it takes 14 µs of one core an event, where aiohttp to
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -39,15 +39,16 @@ class BadAnswer(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens. ``prefix`` comes before every path."""
+    """Where a server listens. ``prefix`` comes before every path, ``key`` goes with requests."""
 
     host: str
     port: int
     tls: bool
     prefix: str
+    key: str | None = field(default=None, repr=False)
 
     @classmethod
-    def parse(cls, url: str) -> "Address":
+    def parse(cls, url: str, key: str | None = None) -> "Address":
         """Raises ``InvalidRequest`` when ``url`` is not an http or https one with a host."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
@@ -57,7 +58,7 @@ class Address:
             port = 0
         if not port or not parts.hostname:
             raise InvalidRequest(f"expected a URL such as http://127.0.0.1:8000, got {url!r}")
-        return cls(parts.hostname, port, parts.scheme == "https", parts.path.rstrip("/"))
+        return cls(parts.hostname, port, parts.scheme == "https", parts.path.rstrip("/"), key)
 
     def request(self, method: str, path: str, body: bytes = b"") -> bytes:
         """A whole request for ``path``, with ``body`` as its JSON."""
@@ -69,6 +70,7 @@ class Address:
             "accept: */*",
             f"content-length: {len(body)}",
             *(["content-type: application/json"] if body else []),
+            *([f"authorization: Bearer {self.key}"] if self.key else []),
         ]
         return "\r\n".join([*lines, "", ""]).encode() + body
 

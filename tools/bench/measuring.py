@@ -1,6 +1,7 @@
 """One server's turn: what it serves, a warm-up, the run."""
 
 import asyncio
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -14,6 +15,7 @@ from tools.bench.records import Measurement
 from tools.bench.servers import Target
 from tools.bench.warm_up import warm_up
 from tools.bench.workload import plan_requests
+from tools.options.keys import client_key
 
 
 async def measure_server(
@@ -25,7 +27,7 @@ async def measure_server(
         InvalidRequest: the server lacks adapters, or takes no prompt that can be made.
         Unavailable: it does not answer, or answers wrongly before the run has begun.
     """
-    address, workload = Address.parse(url), plan.workload
+    address, workload = Address.parse(url, client_key(os.environ)), plan.workload
     models = await served_models(address, url)
     names = _choose(models.adapters, plan.adapter_pattern, workload.num_adapters, url)
     form = plan.form or await accepted_form(address, models.base)
