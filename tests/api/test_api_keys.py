@@ -35,8 +35,8 @@ FOR_ADMINS = [
 
 async def status(front: Frontend, method: str, path: str, authorization: str | None) -> int:
     headers = {} if authorization is None else {"authorization": authorization}
-    body = {} if method == "GET" else {"json": {}}
-    return (await front.http.request(method, path, headers=headers, **body)).status_code
+    body: dict[str, Any] | None = None if method == "GET" else {}
+    return (await front.http.request(method, path, headers=headers, json=body)).status_code
 
 
 def endpoints(front: Frontend) -> set[tuple[str, str]]:

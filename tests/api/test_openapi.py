@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import jsonschema_rs
+import msgspec
 import pytest
 
 from api.openai_requests import CompletionRequest
@@ -109,12 +110,12 @@ async def test_a_fields_bounds_are_the_engines_own(
     inside = [bounds.get("minimum", below + 0.1)] + ([] if above is None else [bounds["maximum"]])
     for value in inside:
         assert not list(jsonschema_rs.Draft202012Validator(bounds).iter_errors(value))
-        check_sampling(SamplingParams(**{name: value}), vocab_size=10)
+        check_sampling(msgspec.convert({name: value}, SamplingParams), vocab_size=10)
     for value in (below, above):
         if value is not None:
             assert list(jsonschema_rs.Draft202012Validator(bounds).iter_errors(value))
             with pytest.raises(InvalidRequest, match=name):
-                check_sampling(SamplingParams(**{name: value}), vocab_size=10)
+                check_sampling(msgspec.convert({name: value}, SamplingParams), vocab_size=10)
 
 
 @on_loop

@@ -15,6 +15,7 @@ import uvloop
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
 from schemathesis.generation import GenerationMode
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import (
@@ -31,6 +32,8 @@ from ipc.messages import Generate, TokenDelta
 from tests.api.fake_engine import MAX_MODEL_LEN, says
 from tests.api.frontend import frontend, served
 from tools.tiny_model.tokenizer import VOCAB_SIZE
+
+Operations = dict[tuple[str, str], APIOperation[Any, Any, Any, Any]]
 
 NUM_EXAMPLES = 25
 CHECKS = [
@@ -103,14 +106,17 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def operations(url: str) -> dict[tuple[str, str], APIOperation]:
+def operations(url: str) -> Operations:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    found = [result.ok() for result in schema.get_all_operations()]
+    found: list[APIOperation[Any, Any, Any, Any]] = []
+    for result in schema.get_all_operations():
+        assert isinstance(result, Ok), result
+        found.append(result.ok())
     return {(operation.method.upper(), operation.path): operation for operation in found}
 
 
 def test_every_operation_of_the_document_is_tried(
-    operations: dict[tuple[str, str], APIOperation],
+    operations: Operations,
 ) -> None:
     assert set(operations) == set(PATHS)
 
@@ -121,7 +127,7 @@ def test_every_answer_is_what_the_document_says(
     method: str,
     path: str,
     url: str,
-    operations: dict[tuple[str, str], APIOperation],
+    operations: Operations,
 ) -> None:
     operation = operations[method, path]
 
@@ -133,7 +139,7 @@ def test_every_answer_is_what_the_document_says(
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode), asks_base=st.booleans())
-    def run(case: schemathesis.Case, asks_base: bool) -> None:
+    def run(case: schemathesis.Case[Any], asks_base: bool) -> None:
         if asks_base and isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             # An arbitrary name would hardly ever be that of a model.
             case.body["model"] = "base"
