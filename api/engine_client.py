@@ -103,6 +103,7 @@ class EngineClient:
         self._timeouts = timeouts
         self._max_pending = max_pending_deltas
         self._serials = itertools.count(1)
+        self._monitors = itertools.count(1)
         self._channel: Channel[ClientMessage, EngineMessage] | None = None
         self._welcome: Welcome | None = None
         self._connected = asyncio.Event()
@@ -152,7 +153,10 @@ class EngineClient:
         socket = open_socket(self._context, zmq.DEALER)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_INTERVAL_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_INTERVAL_MAX_MS)
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        # pyzmq's own address has the socket's descriptor in it, which is free before that of its
+        # predecessor's monitor is.
+        address = f"inproc://{id(self)}.monitor-{next(self._monitors)}"
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED, address)
         socket.connect(self._endpoint)
         self._channel = Channel(socket, EngineMessage)
         try:

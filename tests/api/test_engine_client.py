@@ -1,10 +1,13 @@
 """The line to the engine: everything asked for ends, whatever the engine does."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable
 
+import msgspec
 import pytest
+import zmq
 
 from api.engine_client import Prompt
 from ipc.errors import (
@@ -152,8 +155,8 @@ async def test_a_client_that_reads_too_slowly_loses_its_request_and_nobody_elses
 @on_loop
 async def test_no_token_for_too_long_is_a_deadline_exceeded_and_cancels() -> None:
     async with frontend(waits) as front:
+        front.client._timeouts = msgspec.structs.replace(front.client._timeouts, token_s=0.05)
         async with front.client.generate("test", [PROMPT]) as stream:
-            stream._token_timeout_s = 0.05
             with pytest.raises(DeadlineExceeded, match="no token within"):
                 await anext(stream)
         await until(lambda: len(front.engine.cancelled) == 1)
@@ -204,3 +207,20 @@ async def test_losing_the_engine_is_logged_once(caplog: pytest.LogCaptureFixture
             front.engine.start()
             await until(lambda: len(front.engine.calls) == 2)
     assert [record.getMessage() for record in caplog.records] == ["lost engine epoch 1"]
+
+
+@on_loop
+async def test_a_new_connection_does_not_wait_for_the_old_ones_remains() -> None:
+    async with frontend() as front:
+        context = front.client._context
+        with contextlib.ExitStack() as stack:
+            # As if monitors of earlier sockets, whatever descriptors they had, were closing still.
+            for descriptor in range(256):
+                remains = stack.enter_context(context.socket(zmq.PAIR))
+                with contextlib.suppress(zmq.ZMQError):
+                    remains.bind(f"inproc://monitor.s-{descriptor}")
+            await front.engine.stop()
+            front.engine.start()
+            await until(lambda: front.client._welcome is None)
+            await front.client.wait_connected(10)
+            assert (await tokens(front, PROMPT))[0]
