@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from api.answers import AnswerWriter, join
 from api.error_responses import ErrorEnvelope, defect, error_body
 from api.generation import Piece
+from api.patience import Patience
 from api.request_ids import request_id
 from ipc.errors import Cancelled, SidestreamError
 
@@ -100,16 +101,22 @@ class EventStream(Response):
                 )
 
     async def _send_all(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await self._send(send, start)
-        await self._send(send, _body(self._first))
-        async for event in self._rest:
-            await self._send(send, _body(event))
-        await self._send(send, _body(b"", more=False))
+        """Raises ``TimeoutError`` when the client takes nothing for ``write_timeout_s``."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as limit:
+            patience = Patience(self._write_timeout_s, lambda: limit.reschedule(loop.time()))
+            with contextlib.closing(patience):
+                start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                await self._send(send, start, patience)
+                await self._send(send, _body(self._first), patience)
+                async for event in self._rest:
+                    await self._send(send, _body(event), patience)
+                await self._send(send, _body(b"", more=False), patience)
 
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        async with asyncio.timeout(self._write_timeout_s):
-            await send(message)
+    async def _send(self, send: Send, message: dict[str, Any], patience: Patience) -> None:
+        patience.begin()
+        await send(message)
+        patience.end()
 
 
 async def _events(

@@ -1,17 +1,20 @@
 """The tokens of one HTTP request, which may be several requests of the engine's."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+from api.patience import Patience
 from ipc.errors import DeadlineExceeded, Overloaded, SidestreamError, error_from_info
 from ipc.messages import RequestId, TokenDelta
 
 
 class TokenStream:
     """Yields ``(index, delta)`` in order of arrival until every request of ``ids`` has ended.
+
+    What several steps brought one request while the reader was busy comes as one delta: a reader
+    that falls behind has less to do for a token, and catches up.
 
     ``index`` is a request's place in ``ids``. One failed request fails the whole stream. Leaving
     the ``async with`` block cancels in the engine whatever has not ended by then.
@@ -32,9 +35,11 @@ class TokenStream:
         self._forget = forget
         self._max_pending = max_pending
         self._token_timeout_s = token_timeout_s
+        self._patience = Patience(token_timeout_s, self._give_up)
         self._open = set(ids)
         self._stopped: set[int] = set()
-        self._pending: deque[tuple[int, TokenDelta]] = deque()
+        self._pending: dict[int, list[TokenDelta]] = {}
+        self._num_pending = 0
         self._error: SidestreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -53,17 +58,18 @@ class TokenStream:
             self._end(request_id, cancel=False)
             self.fail(error_from_info(delta.error))
             return
-        if len(self._pending) >= self._max_pending:
+        if self._num_pending >= self._max_pending:
             self.fail(
                 Overloaded(
-                    f"the client reads too slowly: {len(self._pending)} undelivered steps,"
+                    f"the client reads too slowly: {self._num_pending} undelivered steps,"
                     f" expected fewer than {self._max_pending}"
                 )
             )
             return
         if delta.finish_reason is not None:
             self._end(request_id, cancel=False)
-        self._pending.append((self._index[request_id], delta))
+        self._pending.setdefault(self._index[request_id], []).append(delta)
+        self._num_pending += 1
         self._wake()
 
     def fail(self, error: SidestreamError, *, cancel: bool = True) -> None:
@@ -74,6 +80,7 @@ class TokenStream:
         if self._error is None:
             self._error = error
         self._pending.clear()
+        self._num_pending = 0
         for request_id in tuple(self._open):
             self._end(request_id, cancel=cancel)
         self._wake()
@@ -99,7 +106,7 @@ class TokenStream:
         """
         while True:
             while self._pending:
-                index, delta = self._pending.popleft()
+                index, delta = self._take()
                 if index not in self._stopped:
                     return index, delta
             if self._error is not None:
@@ -117,20 +124,31 @@ class TokenStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._patience.close()
         for request_id in tuple(self._open):
             self._end(request_id, cancel=True)
 
+    def _take(self) -> tuple[int, TokenDelta]:
+        """All that is there of the request that has waited longest."""
+        index = next(iter(self._pending))
+        deltas = self._pending.pop(index)
+        self._num_pending -= len(deltas)
+        return index, deltas[0] if len(deltas) == 1 else _joined(deltas)
+
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
+        self._patience.begin()
         try:
-            async with asyncio.timeout(self._token_timeout_s):
-                await self._waiter
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"the engine sent no token within {self._token_timeout_s:g} s"
-            ) from None
+            await self._waiter
         finally:
+            self._patience.end()
             self._waiter = None
+
+    def _give_up(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(
+                DeadlineExceeded(f"the engine sent no token within {self._token_timeout_s:g} s")
+            )
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -139,3 +157,15 @@ class TokenStream:
     def _end(self, request_id: RequestId, *, cancel: bool) -> None:
         self._open.discard(request_id)
         self._forget(request_id, cancel)
+
+
+def _joined(deltas: Sequence[TokenDelta]) -> TokenDelta:
+    """One delta in the place of several of one request, in their order."""
+    logprobs = [logprob for delta in deltas for logprob in delta.logprobs or ()]
+    return TokenDelta(
+        deltas[0].request_id,
+        [token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=logprobs or None,
+        finish_reason=deltas[-1].finish_reason,
+        num_cached_tokens=sum(delta.num_cached_tokens for delta in deltas),
+    )

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, assert_never
 
 import msgspec
@@ -87,6 +87,7 @@ class FakeEngine:
         self.adapters: dict[str, AdapterStatus] = {}
         self.folder_names: list[str] = []
         self.is_deaf = False
+        self.before_send: Callable[[RequestId], Awaitable[None]] | None = None
         self.loader_connected = True
         self._endpoint = endpoint
         self._clients: dict[RequestId, bytes] = {}
@@ -127,6 +128,8 @@ class FakeEngine:
                     self.requests.append(message)
                     self._clients[message.request_id] = client
                     for delta in self.script(message):
+                        if self.before_send is not None:
+                            await self.before_send(message.request_id)
                         self.send(delta)
                 case Cancel(request_id):
                     self.cancelled.append(request_id)

@@ -24,7 +24,7 @@ from api.config import ApiConfig
 from api.engine_client import EngineClient, Timeouts
 from api.template_files import TemplateFiles
 from api.tokenizer import TextTokenizer
-from ipc.messages import RenderChat
+from ipc.messages import RenderChat, RequestId
 from tests.api.fake_engine import FakeEngine, Script, says
 from tools.tiny_model.tokenizer import BOS, CHAT_TEMPLATE, EOS, save_tokenizer
 
@@ -92,9 +92,13 @@ async def frontend(
     *,
     tokenizer: bool = True,
     template: str | None = CHAT_TEMPLATE,
+    step_by_step: bool = False,
     **config_fields: Any,
 ) -> AsyncIterator[Frontend]:
-    """A frontend whose engine answers by ``script``; its model has one token a byte."""
+    """A frontend whose engine answers by ``script``; its model has one token a byte.
+
+    ``step_by_step`` each of the engine's steps is read before the next one comes.
+    """
     with tempfile.TemporaryDirectory() as folder, zmq.asyncio.Context() as context:
         if tokenizer:
             save_tokenizer(Path(folder))
@@ -104,6 +108,8 @@ async def frontend(
         engine.start()
         timeouts = Timeouts(handshake_s=2.0, call_s=2.0, load_adapter_s=2.0, token_s=DEADLINE_S)
         client = EngineClient(context, endpoint, timeouts, config.max_pending_deltas)
+        if step_by_step:
+            engine.before_send = _Steps(client).wait
         running = asyncio.create_task(client.run())
         try:
             await client.wait_connected(DEADLINE_S)
@@ -116,6 +122,23 @@ async def frontend(
             running.cancel()
             await asyncio.wait((running,))
             await engine.close()
+
+
+class _Steps:
+    """Lets the engine send a step when the one before it has been read."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self._last: asyncio.Future[None] | None = None
+
+    async def wait(self, request_id: RequestId) -> None:
+        """Until whoever reads the request's stream waits, and not as for the last step."""
+        while stream := self._client._streams.get(request_id):
+            waiter = stream._waiter
+            if waiter not in (None, self._last) and not waiter.done():
+                self._last = waiter
+                return
+            await asyncio.sleep(0)
 
 
 @contextlib.asynccontextmanager

@@ -30,7 +30,7 @@ async def test_an_answer_is_a_message_with_its_usage() -> None:
 
 @on_loop
 async def test_a_stream_names_the_role_first_and_once_a_choice() -> None:
-    async with frontend(says("ok")) as front:
+    async with frontend(says("ok"), step_by_step=True) as front:
         chunks = events(await front.chat(stream=True, n=2))
     for index in range(2):
         deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"][0]["index"] == index]
@@ -106,7 +106,7 @@ async def test_logprobs_have_bytes_and_top_logprobs() -> None:
 
 @on_loop
 async def test_token_ids_are_returned_when_asked_for() -> None:
-    async with frontend(says("k")) as front:
+    async with frontend(says("k"), step_by_step=True) as front:
         body = (await front.chat("x", return_token_ids=True)).json()
         chunks = events(await front.chat("x", return_token_ids=True, stream=True))
     assert body["prompt_token_ids"] == [BOS_ID, 120]

@@ -46,7 +46,7 @@ async def test_a_stream_is_the_same_text_in_chunks_and_ends_with_done() -> None:
 
 @on_loop
 async def test_include_usage_adds_one_chunk_without_choices() -> None:
-    async with frontend(says("ok")) as front:
+    async with frontend(says("ok"), step_by_step=True) as front:
         options = {"include_usage": True}
         chunks = events(await front.complete(stream=True, stream_options=options))
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 3
@@ -56,7 +56,7 @@ async def test_include_usage_adds_one_chunk_without_choices() -> None:
 
 @on_loop
 async def test_continuous_usage_counts_up_in_every_chunk() -> None:
-    async with frontend(says("ok")) as front:
+    async with frontend(says("ok"), step_by_step=True) as front:
         options = {"continuous_usage_stats": True}
         chunks = events(await front.complete(stream=True, stream_options=options))
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3]
@@ -199,7 +199,7 @@ async def test_special_tokens_are_shown_when_asked_for() -> None:
 
 @on_loop
 async def test_token_ids_are_returned_when_asked_for() -> None:
-    async with frontend(says("ok")) as front:
+    async with frontend(says("ok"), step_by_step=True) as front:
         whole = (await front.complete([1, 2], return_token_ids=True)).json()["choices"][0]
         chunks = events(await front.complete([1, 2], return_token_ids=True, stream=True))
     assert whole["prompt_token_ids"] == [1, 2]
@@ -250,7 +250,7 @@ async def test_logprobs_have_tokens_offsets_and_alternatives() -> None:
 
 @on_loop
 async def test_a_folder_without_a_tokenizer_answers_in_token_ids() -> None:
-    async with frontend(says("ok"), tokenizer=False) as front:
+    async with frontend(says("ok"), tokenizer=False, step_by_step=True) as front:
         choice = (await front.complete([1, 2])).json()["choices"][0]
         chunks = events(await front.complete([1, 2], stream=True))
     assert choice["text"] == "" and choice["token_ids"] == [*b"ok", EOS_ID]

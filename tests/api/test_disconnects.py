@@ -138,7 +138,7 @@ async def test_a_client_that_stops_reading_is_dropped(caplog: pytest.LogCaptureF
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         f"content-length: {len(payload)}\r\n\r\n"
     )
-    async with frontend(says("x" * 20), write_timeout_s=0.1) as front:
+    async with frontend(says("x" * 200, step=201), write_timeout_s=0.1) as front:
         with caplog.at_level(logging.INFO, "api.sse"), socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             async with served(front, send_buffer_bytes=4096) as url:

@@ -50,7 +50,7 @@ async def test_neither_while_the_engine_is_away_or_does_not_answer() -> None:
 
 @on_loop
 async def test_requests_are_timed_and_counted_by_their_end() -> None:
-    async with frontend(says("ok")) as front:
+    async with frontend(says("ok"), step_by_step=True) as front:
         await front.complete()
         await front.complete(n=2, stop="k")
         front.engine.script = lambda r: [
