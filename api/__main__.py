@@ -99,7 +99,7 @@ async def serve(
     )
     with zmq.asyncio.Context() as context:
         endpoint = child.run_folder.rpc_endpoint
-        engine = EngineClient(context, endpoint, timeouts, config.max_pending_deltas)
+        engine = EngineClient(context, endpoint, timeouts, config.stream_window)
         async with chat_renderer(child, templates) as renderer, asyncio.TaskGroup() as group:
             connecting = group.create_task(engine.run())
             await engine.wait_connected(config.connect_timeout_s)

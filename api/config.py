@@ -28,7 +28,8 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     max_prompt_chars: int = 16 * MiB
     max_stop_strings: int = 32
     max_stop_string_chars: int = 1024
-    max_pending_deltas: int = 16_384
+    # How many steps of a stream the engine may send ahead of its reader.
+    stream_window: int = 64
 
     connect_timeout_s: float = 300.0
     handshake_timeout_s: float = 5.0

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from api.api_keys import Access
 from api.config import ApiConfig
 from api.endpoints import Answer, Endpoint
-from api.engine_client import EngineClient
+from api.engine_client import CallOptions, EngineClient
 from api.metrics import RequestMetrics
 from api.request_ids import request_id
 from api.scrape import Scrape
@@ -127,7 +127,7 @@ class StatusRoutes:
         return json_response(Version(self._version))
 
     async def _stats(self) -> EngineStats:
-        return await self._engine.stats(self._config.health_timeout_s)
+        return await self._engine.stats(CallOptions(self._config.health_timeout_s))
 
 
 def _not_ready(reason: str) -> Response:

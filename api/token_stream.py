@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Self
 
 from api.patience import Patience
-from ipc.errors import DeadlineExceeded, Overloaded, SidestreamError, error_from_info
+from ipc.deltas import join_deltas
+from ipc.errors import DeadlineExceeded, SidestreamError, error_from_info
 from ipc.messages import RequestId, TokenDelta
 
 
@@ -20,37 +21,42 @@ class TokenStream:
     the ``async with`` block cancels in the engine whatever has not ended by then.
 
     ``forget(id, cancel)`` is called once for every request, when it has ended for this side;
-    ``cancel`` says that the engine has yet to be told.
+    ``cancel`` says that the engine has yet to be told. Each request began with ``window`` credits,
+    and ``grant(id, num)`` gives it those back whose deltas have been read: a reader that falls
+    behind lets the engine hold back and join what is to come.
     """
 
     def __init__(
         self,
         ids: Sequence[RequestId],
         forget: Callable[[RequestId, bool], None],
-        max_pending: int,
+        grant: Callable[[RequestId, int], None],
+        window: int,
         token_timeout_s: float,
+        timeout_s: float | None = None,
     ) -> None:
         self._index = {request_id: index for index, request_id in enumerate(ids)}
         self._ids = tuple(ids)
         self._forget = forget
-        self._max_pending = max_pending
+        self._grant = grant
+        self._grant_at = max(1, window // 2)
+        self._num_read = [0] * len(self._ids)
         self._token_timeout_s = token_timeout_s
         self._patience = Patience(token_timeout_s, self._give_up)
         self._open = set(ids)
         self._stopped: set[int] = set()
         self._pending: dict[int, list[TokenDelta]] = {}
-        self._num_pending = 0
         self._error: SidestreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+        if timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            self._expiry = loop.call_later(timeout_s, self._expire, timeout_s)
 
     # --- The engine client's side -----------------------------------------------------------
 
     def push(self, delta: TokenDelta) -> None:
-        """Takes what one step has for one of the requests. Never blocks.
-
-        A reader that lets ``max_pending`` deltas pile up loses the whole stream: memory stays
-        bounded, and the engine stops working for it.
-        """
+        """Takes what one step has for one of the requests. Never blocks."""
         request_id = delta.request_id
         if request_id not in self._open:
             return
@@ -58,18 +64,9 @@ class TokenStream:
             self._end(request_id, cancel=False)
             self.fail(error_from_info(delta.error))
             return
-        if self._num_pending >= self._max_pending:
-            self.fail(
-                Overloaded(
-                    f"the client reads too slowly: {self._num_pending} undelivered steps,"
-                    f" expected fewer than {self._max_pending}"
-                )
-            )
-            return
         if delta.finish_reason is not None:
             self._end(request_id, cancel=False)
         self._pending.setdefault(self._index[request_id], []).append(delta)
-        self._num_pending += 1
         self._wake()
 
     def fail(self, error: SidestreamError, *, cancel: bool = True) -> None:
@@ -80,7 +77,6 @@ class TokenStream:
         if self._error is None:
             self._error = error
         self._pending.clear()
-        self._num_pending = 0
         for request_id in tuple(self._open):
             self._end(request_id, cancel=cancel)
         self._wake()
@@ -132,8 +128,11 @@ class TokenStream:
         """All that is there of the request that has waited longest."""
         index = next(iter(self._pending))
         deltas = self._pending.pop(index)
-        self._num_pending -= len(deltas)
-        return index, deltas[0] if len(deltas) == 1 else _joined(deltas)
+        self._num_read[index] += len(deltas)
+        if self._num_read[index] >= self._grant_at and self._ids[index] in self._open:
+            self._grant(self._ids[index], self._num_read[index])
+            self._num_read[index] = 0
+        return index, join_deltas(deltas)
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -143,6 +142,9 @@ class TokenStream:
         finally:
             self._patience.end()
             self._waiter = None
+
+    def _expire(self, timeout_s: float) -> None:
+        self.fail(DeadlineExceeded(f"the answer was not complete within {timeout_s:g} s"))
 
     def _give_up(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -156,16 +158,6 @@ class TokenStream:
 
     def _end(self, request_id: RequestId, *, cancel: bool) -> None:
         self._open.discard(request_id)
+        if not self._open and self._expiry is not None:
+            self._expiry.cancel()
         self._forget(request_id, cancel)
-
-
-def _joined(deltas: Sequence[TokenDelta]) -> TokenDelta:
-    """One delta in the place of several of one request, in their order."""
-    logprobs = [logprob for delta in deltas for logprob in delta.logprobs or ()]
-    return TokenDelta(
-        deltas[0].request_id,
-        [token_id for delta in deltas for token_id in delta.token_ids],
-        logprobs=logprobs or None,
-        finish_reason=deltas[-1].finish_reason,
-        num_cached_tokens=sum(delta.num_cached_tokens for delta in deltas),
-    )

@@ -12,6 +12,7 @@ from engine.adapter_demand import AdapterDemand
 from engine.adapter_slots import MAX_RESIDENT_ADAPTERS, AdapterSlots
 from engine.adapters import AdapterDirectory
 from engine.block_manager import BlockManager
+from engine.client_calls import ClientCalls, EngineIdentity
 from engine.cohorts import Cohorts
 from engine.compute import build_compute
 from engine.config import AdapterLoading, EngineConfig, LoadFormat
@@ -27,6 +28,7 @@ from engine.registry import CatalogFile, Registry
 from engine.residency import AdapterResidency
 from engine.ring import open_ring
 from engine.rotation import Rotation
+from engine.rpc_listener import RpcListener
 from engine.scheduler import Scheduler
 from engine.scheduler_limits import SchedulerLimits
 from engine.server import EngineServer
@@ -159,16 +161,23 @@ class Engine:
             config.adapter_load_timeout_s,
             config.adapter_fetch_timeout_s,
         )
-        self.server = EngineServer(
-            self._context,
-            run_folder.rpc_endpoint,
-            Capacities(epoch, num_blocks, slot_allocator.capacity_bytes),
+        identity = EngineIdentity(
             model.architecture,
+            model.vocab_size,
+            model.max_model_len,
             model.eos_token_ids,
+            config.heartbeat_interval_s,
+        )
+        capacities = Capacities(epoch, num_blocks, slot_allocator.capacity_bytes)
+        self._listener = RpcListener(self._context, run_folder.rpc_endpoint, config)
+        self.server = EngineServer(
+            self._listener.socket,
+            ClientCalls(identity, capacities, self._adapters, self.link, crossings.submit),
             limits,
             self._adapters,
-            self.link,
             crossings.submit,
+            config.max_unread_tokens,
+            config.heartbeat_interval_s,
         )
         crossings.join(self.core, self.placer, self.link, self.server, self._adapters)
         self._is_first = epoch == FIRST_EPOCH
@@ -201,5 +210,6 @@ class Engine:
         self.core.stop()
         self.placer.stop()
         self.server.close()
+        self._listener.close()
         self.link.close()
         self._context.destroy(linger=0)

@@ -92,9 +92,23 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     num_staging_chunks: int = 4
     staging_chunk_bytes: int = 32 * MiB
 
+    rpc_bind: str | None = None
+    rpc_key: str | None = None
+    rpc_client_keys: str | None = None
+    max_unread_tokens: int = 16_384
+    heartbeat_interval_s: float = 5.0
+
     trace: str | None = None
 
     def __post_init__(self) -> None:
+        if self.rpc_bind is not None:
+            if not self.rpc_bind.startswith("tcp://"):
+                raise ValueError(f"--rpc-bind: expected tcp://ADDRESS:PORT, got {self.rpc_bind!r}")
+            if self.rpc_key is None or self.rpc_client_keys is None:
+                raise ValueError(
+                    "--rpc-bind: expected --rpc-key and --rpc-client-keys beside it: nobody is"
+                    " served over TCP without keys"
+                )
         if (
             self.adapter_load_format is LoadFormat.DUMMY
             and self.load_format is not LoadFormat.DUMMY

@@ -2,6 +2,9 @@
 
 Messages are msgpack, one frame each. A channel is used from the event loop that made it and from
 nowhere else.
+
+A frame of more than ``MAX_CLIENT_MESSAGE_BYTES`` is not decoded; ZeroMQ itself breaks the
+connection at ``MAX_FRAME_BYTES``, before it takes memory for the frame.
 """
 
 import asyncio
@@ -13,7 +16,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from ipc.errors import Unavailable
+from ipc.errors import InvalidRequest, Unavailable
+from ipc.messages import MAX_CLIENT_MESSAGE_BYTES
 
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
@@ -24,6 +28,7 @@ logger = logging.getLogger(__name__)
 # this is minutes of a stalled reader, while memory stays bounded.
 HIGH_WATER_MARK = 10_000
 LINGER_MS = 200
+MAX_FRAME_BYTES = 4 * MAX_CLIENT_MESSAGE_BYTES
 # ZeroMQ's own heartbeat: a peer that hangs without closing its socket is noticed within this time.
 HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 10_000
@@ -37,6 +42,7 @@ def open_socket(context: zmq.asyncio.Context, kind: int) -> zmq.asyncio.Socket:
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     if kind == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     return socket
@@ -54,10 +60,14 @@ class Channel(Generic[Sent, Received]):
         """Hands ``message`` to ZeroMQ, which delivers it in the background.
 
         Raises:
+            InvalidRequest: the message is too large, and has not been sent.
             Unavailable: the peer has not read ``HIGH_WATER_MARK`` messages, or is not there.
         """
+        payload = self._encoder.encode(message)
+        if len(payload) > MAX_CLIENT_MESSAGE_BYTES:
+            raise oversized(len(payload))
         try:
-            _send_now(self._socket, [self._encoder.encode(message)])
+            _send_now(self._socket, [payload])
         except zmq.Again:
             raise Unavailable("the peer takes no more messages", retry_after_s=1.0) from None
 
@@ -74,17 +84,24 @@ class Channel(Generic[Sent, Received]):
         self._socket.close()
 
 
+def oversized(num_bytes: int) -> InvalidRequest:
+    """The refusal of a message that is too large."""
+    return InvalidRequest(
+        f"the message has {num_bytes} bytes: expected at most {MAX_CLIENT_MESSAGE_BYTES}"
+    )
+
+
 class RouterChannel(Generic[Sent, Received]):
     """A ROUTER's end: many peers, each known by the identity that its messages came with.
 
-    ``on_malformed`` is told of the identity of a peer whose message could not be decoded.
+    ``on_malformed`` gets the peer and the frames of a message that could not be decoded, and why.
     """
 
     def __init__(
         self,
         socket: zmq.asyncio.Socket,
         received: Any,
-        on_malformed: Callable[[bytes, str], None] | None = None,
+        on_malformed: Callable[[bytes, list[bytes], str], None] | None = None,
     ) -> None:
         self._socket = socket
         self._encoder = msgspec.msgpack.Encoder()
@@ -110,11 +127,13 @@ class RouterChannel(Generic[Sent, Received]):
             try:
                 if len(frames) != 1:
                     raise msgspec.DecodeError(f"expected 1 frame, got {len(frames)}")
+                if len(frames[0]) > MAX_CLIENT_MESSAGE_BYTES:
+                    raise msgspec.DecodeError(str(oversized(len(frames[0]))))
                 return peer, self._decoder.decode(frames[0])
             except msgspec.DecodeError as error:
                 logger.warning("dropped a malformed message of peer %s: %s", peer.hex(), error)
                 if self._on_malformed is not None:
-                    self._on_malformed(peer, str(error))
+                    self._on_malformed(peer, frames, str(error))
 
     def close(self) -> None:
         self._socket.close()

@@ -20,6 +20,7 @@ class ErrorCode(Enum):
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
     CANCELLED = "CANCELLED"
+    UNIMPLEMENTED = "UNIMPLEMENTED"
     INTERNAL = "INTERNAL"
     UNAVAILABLE = "UNAVAILABLE"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
@@ -38,6 +39,7 @@ _HTTP_STATUS = {
     ErrorCode.RESOURCE_EXHAUSTED: 429,
     ErrorCode.CANCELLED: 499,
     ErrorCode.INTERNAL: 500,
+    ErrorCode.UNIMPLEMENTED: 501,
     ErrorCode.UNAVAILABLE: 503,
     ErrorCode.DEADLINE_EXCEEDED: 504,
 }
@@ -119,6 +121,12 @@ class Cancelled(SidestreamError):
     code = ErrorCode.CANCELLED
 
 
+class Unimplemented(SidestreamError):
+    """A kind of message that this version does not know."""
+
+    code = ErrorCode.UNIMPLEMENTED
+
+
 class Internal(SidestreamError):
     """A defect of ours."""
 
@@ -147,6 +155,7 @@ _BY_CODE: dict[ErrorCode, type[SidestreamError]] = {
         AdapterInvalid,
         Overloaded,
         Cancelled,
+        Unimplemented,
         Internal,
         Unavailable,
         DeadlineExceeded,

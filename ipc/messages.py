@@ -11,12 +11,14 @@ Five conversations, each with one tagged union per direction:
 | chat templates  | ``TemplateCall``    | ``TemplateAnswer`` | pipes of the api's child |
 
 Adapter bytes never travel in a message: they lie in the staging ring, and a message says where.
+The first conversation is for anybody's clients: ``ipc/RPC.md`` specifies it.
 """
 
 from enum import Enum
-from typing import Any, NewType
+from typing import Annotated, Any, NewType
 
 import msgspec
+from msgspec import Meta
 
 from ipc.base_model import BaseModel
 from ipc.errors import ErrorInfo
@@ -32,8 +34,37 @@ Epoch = NewType("Epoch", int)
 
 # --- Client ↔ engine ---------------------------------------------------------------------------
 
+PROTOCOL_VERSION = 1
+"""Of this conversation; another one is refused."""
 
-class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+MAX_CLIENT_MESSAGE_BYTES = 16 << 20
+"""What a client may send at once: room for a prompt of three million tokens."""
+
+MAX_SILENT_HEARTBEATS = 4
+"""Intervals in a row without any message after which the other side counts as lost."""
+
+MetadataKey = Annotated[str, Meta(pattern=r"^[0-9a-z_.-]{1,64}$")]
+MetadataValue = Annotated[str, Meta(pattern=r"^[ -~]{0,1024}$")]
+MAX_METADATA_ENTRIES = 32
+
+
+class Call(
+    msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True
+):
+    """What every call may say besides what it asks for, as in gRPC.
+
+    A field that the engine does not know is refused: passed over, it might change the answer.
+    ``deadline_ms`` is what is left of the client's patience when the call arrives; None waits for
+    as long as it takes. ``metadata`` is for people: it is logged with whatever goes wrong.
+    """
+
+    deadline_ms: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
+    metadata: Annotated[
+        dict[MetadataKey, MetadataValue], Meta(max_length=MAX_METADATA_ENTRIES)
+    ] = {}
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How a request's tokens are chosen.
 
     ``max_tokens`` None means as many as the model's length allows; ``temperature`` 0 is greedy;
@@ -76,19 +107,39 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...]
 
 
-class Connect(msgspec.Struct, frozen=True, tag="connect"):
+class Connect(Call, frozen=True, tag="connect"):
     """The first message of a client; answered with ``Welcome``."""
 
     call_id: CallId
+    protocol_version: int = PROTOCOL_VERSION
 
 
-class Generate(msgspec.Struct, frozen=True, tag="generate"):
-    """Ask for tokens. ``adapter`` None is the base model. Answered by ``TokenDelta`` s."""
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """The client is there; answered with ``Pong`` at once, whatever the step thread does."""
 
-    request_id: RequestId
+
+NumCredits = Annotated[int, Meta(ge=1, le=1 << 30)]
+
+
+class Generate(Call, frozen=True, tag="generate"):
+    """Ask for tokens. ``adapter`` None is the base model. Answered by ``TokenDelta`` s.
+
+    Each delta but one with an error takes one of the stream's ``credits``, and what has none is
+    held back and joined into one; None lets every delta come at once.
+    """
+
+    request_id: Annotated[RequestId, Meta(min_length=1, max_length=256)]
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter: str | None = None
+    credits: NumCredits | None = None
+
+
+class Credit(msgspec.Struct, frozen=True, tag="credit"):
+    """The stream may have so many more deltas. There is no answer."""
+
+    request_id: RequestId
+    credits: NumCredits
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -97,7 +148,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     request_id: RequestId
 
 
-class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+class LoadAdapter(Call, frozen=True, tag="load_adapter"):
     """Register an adapter; answered with ``Registered``. ``replace`` puts it in another's place."""
 
     call_id: CallId
@@ -107,7 +158,7 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
     replace: bool = False
 
 
-class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
+class UnloadAdapter(Call, frozen=True, tag="unload_adapter"):
     """Forget an adapter; answered with ``Unregistered``. Accepted requests are still served."""
 
     call_id: CallId
@@ -118,40 +169,45 @@ MAX_PREFETCH_HINTS = 64
 """Adapters that may be hinted at, in one message and at a time."""
 
 
-class PrefetchAdapters(msgspec.Struct, frozen=True, tag="prefetch_adapters"):
+class PrefetchAdapters(Call, frozen=True, tag="prefetch_adapters"):
     """These are likely to be asked for; answered with ``Prefetching``. All are known, or none."""
 
     call_id: CallId
     names: list[str]
 
 
-class ListAdapters(msgspec.Struct, frozen=True, tag="list_adapters"):
+class ListAdapters(Call, frozen=True, tag="list_adapters"):
     """Answered with ``AdapterList``; only ``with_folder`` is the adapter folder looked into."""
 
     call_id: CallId
     with_folder: bool = True
 
 
-class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
+class GetStats(Call, frozen=True, tag="get_stats"):
     """Answered with ``EngineStats``."""
 
     call_id: CallId
 
 
-ClientMessage = (
-    Connect
-    | Generate
-    | Cancel
-    | LoadAdapter
-    | UnloadAdapter
-    | PrefetchAdapters
-    | ListAdapters
-    | GetStats
+class GetHealth(Call, frozen=True, tag="get_health"):
+    """Answered with ``Health``."""
+
+    call_id: CallId
+
+
+ClientCall = (
+    Connect | LoadAdapter | UnloadAdapter | PrefetchAdapters | ListAdapters | GetStats | GetHealth
 )
+"""All that have a ``call_id``, and one answer of their own."""
+
+ClientMessage = ClientCall | Generate | Credit | Cancel | Ping
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """Who the engine is. ``eos_token_ids`` and lengths are the model's own."""
+    """Who the engine is. ``eos_token_ids`` and lengths are the model's own.
+
+    Either side sends something at least every ``heartbeat_interval_ms``, if only a ``Ping``.
+    """
 
     call_id: CallId
     engine_epoch: Epoch
@@ -160,10 +216,16 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     max_model_len: int
     max_logprobs: int
     eos_token_ids: tuple[int, ...]
+    heartbeat_interval_ms: int
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The answer to ``Ping``."""
 
 
 class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one step adds to one request.
+    """What one step, or several whose deltas were joined, add to one request.
 
     The delta that carries ``finish_reason`` or ``error`` is the request's last, and there is
     exactly one such. ``num_cached_tokens`` (of the prompt) is set in the first delta.
@@ -269,6 +331,22 @@ class EngineStats(msgspec.Struct, frozen=True, tag="engine_stats"):
     stale_chunks_total: int
 
 
+class ServingStatus(Enum):
+    """As in gRPC's health protocol."""
+
+    SERVING = "SERVING"
+    NOT_SERVING = "NOT_SERVING"
+
+
+class Health(msgspec.Struct, frozen=True, tag="health"):
+    """Whether steps go on, and whether an adapter that is not on the GPU could be loaded."""
+
+    call_id: CallId
+    status: ServingStatus
+    engine_epoch: Epoch
+    loader_connected: bool
+
+
 class CallFailed(msgspec.Struct, frozen=True, tag="call_failed"):
     """The answer to any call that could not be carried out."""
 
@@ -276,15 +354,24 @@ class CallFailed(msgspec.Struct, frozen=True, tag="call_failed"):
     error: ErrorInfo
 
 
+class MessageRejected(msgspec.Struct, frozen=True, tag="message_rejected"):
+    """The client sent what belongs to no call: it could not be read, or contradicts another."""
+
+    error: ErrorInfo
+
+
 EngineMessage = (
     Welcome
+    | Pong
     | StepOutputs
     | Registered
     | Unregistered
     | Prefetching
     | AdapterList
     | EngineStats
+    | Health
     | CallFailed
+    | MessageRejected
 )
 
 

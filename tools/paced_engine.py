@@ -1,5 +1,7 @@
 """An engine without a model, which gives every open stream one token at each beat.
 
+Deadlines and credits are the real engine's.
+
 What stands between a client and such an engine is the frontend alone, so that can be measured.
 """
 
@@ -14,14 +16,18 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from engine.client_streams import ClientStreams
+from engine.config import EngineConfig
 from ipc.channel import RouterChannel, open_socket
-from ipc.errors import InvalidRequest
+from ipc.errors import Unimplemented
 from ipc.messages import (
     AdapterList,
     CallFailed,
     Cancel,
+    ClientCall,
     ClientMessage,
     Connect,
+    Credit,
     EngineMessage,
     EngineStats,
     Epoch,
@@ -29,6 +35,8 @@ from ipc.messages import (
     Generate,
     GetStats,
     ListAdapters,
+    Ping,
+    Pong,
     RequestId,
     StepOutputs,
     TokenDelta,
@@ -38,8 +46,12 @@ from ipc.messages import (
 MAX_MODEL_LEN = 1 << 20
 
 
+# As the real engine's.
+_DEFAULTS = EngineConfig(model="", served_model_name="")
+
+
 @dataclass(slots=True)
-class _Stream:
+class _Answer:
     client: bytes
     tokens_left: int
 
@@ -57,22 +69,34 @@ class PacedEngine:
         self._period_s = 1 / beats_per_s
         self._vocab_size = vocab_size
         self._token_id = token_id
-        self._streams: dict[RequestId, _Stream] = {}
+        self._answers: dict[RequestId, _Answer] = {}
         self._context = zmq.asyncio.Context()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def num_streams(self) -> int:
         """Requests that have neither ended nor been cancelled."""
-        return len(self._streams)
+        return len(self._answers)
 
     async def __aenter__(self) -> Self:
         socket = open_socket(self._context, zmq.ROUTER)
         socket.bind(self._endpoint)
         channel: RouterChannel[EngineMessage, ClientMessage] = RouterChannel(socket, ClientMessage)
+
+        def send(client: bytes, outputs: StepOutputs) -> None:
+            if not channel.send(client, outputs):
+                streams.drop(client)
+                self._answers = {
+                    key: answer for key, answer in self._answers.items() if answer.client != client
+                }
+
+        def forget(client: bytes, request_id: RequestId) -> None:
+            self._answers.pop(request_id, None)
+
+        streams = ClientStreams(send, forget, _DEFAULTS.max_unread_tokens)
         self._tasks = [
-            asyncio.create_task(self._listen(channel)),
-            asyncio.create_task(self._beat(channel)),
+            asyncio.create_task(self._listen(channel, streams)),
+            asyncio.create_task(self._beat(streams)),
         ]
         return self
 
@@ -88,50 +112,61 @@ class PacedEngine:
                 await task
         self._context.destroy(linger=0)
 
-    async def _listen(self, channel: RouterChannel[EngineMessage, ClientMessage]) -> None:
+    async def _listen(
+        self, channel: RouterChannel[EngineMessage, ClientMessage], streams: ClientStreams
+    ) -> None:
         while True:
             client, message = await channel.receive()
             match message:
                 case Generate(request_id):
+                    streams.open(client, message)
                     tokens = message.sampling.max_tokens or MAX_MODEL_LEN
-                    self._streams[request_id] = _Stream(client, tokens)
+                    self._answers[request_id] = _Answer(client, tokens)
+                case Credit(request_id, credits):
+                    streams.credit(client, request_id, credits)
                 case Cancel(request_id):
-                    self._streams.pop(request_id, None)
-                case Connect(call_id):
-                    welcome = Welcome(
-                        call_id,
-                        Epoch(1),
-                        "LlamaForCausalLM",
-                        self._vocab_size,
-                        MAX_MODEL_LEN,
-                        max_logprobs=20,
-                        eos_token_ids=(),
-                    )
-                    channel.send(client, welcome)
-                case ListAdapters(call_id):
-                    channel.send(client, AdapterList(call_id, [], []))
-                case GetStats(call_id):
-                    figures = {field.name: 0 for field in msgspec.structs.fields(EngineStats)}
-                    stats = figures | {"call_id": call_id, "loader_connected": True}
-                    channel.send(client, msgspec.convert(stats, EngineStats))
+                    streams.cancel(client, request_id)
+                case Ping():
+                    channel.send(client, Pong())
                 case _:
-                    error = InvalidRequest(f"expected no {type(message).__name__} here")
-                    channel.send(client, CallFailed(message.call_id, error.info))
+                    channel.send(client, self._answer(message))
 
-    async def _beat(self, channel: RouterChannel[EngineMessage, ClientMessage]) -> None:
+    def _answer(self, call: ClientCall) -> EngineMessage:
+        match call:
+            case Connect(call_id):
+                return Welcome(
+                    call_id,
+                    Epoch(1),
+                    "LlamaForCausalLM",
+                    self._vocab_size,
+                    MAX_MODEL_LEN,
+                    max_logprobs=20,
+                    eos_token_ids=(),
+                    heartbeat_interval_ms=round(_DEFAULTS.heartbeat_interval_s * 1e3),
+                )
+            case ListAdapters(call_id):
+                return AdapterList(call_id, [], [])
+            case GetStats(call_id):
+                figures = {field.name: 0 for field in msgspec.structs.fields(EngineStats)}
+                stats = figures | {"call_id": call_id, "loader_connected": True}
+                return msgspec.convert(stats, EngineStats)
+            case _:
+                error = Unimplemented(f"expected no {type(call).__name__} here")
+                return CallFailed(call.call_id, error.info)
+
+    async def _beat(self, streams: ClientStreams) -> None:
         due_s = perf_counter()
         while True:
             due_s = max(due_s + self._period_s, perf_counter())
             await asyncio.sleep(due_s - perf_counter())
             self.largest_lag_s = max(self.largest_lag_s, perf_counter() - due_s)
             by_client: dict[bytes, list[TokenDelta]] = {}
-            for request_id, stream in list(self._streams.items()):
-                stream.tokens_left -= 1
-                ended = stream.tokens_left == 0
+            for request_id, answer in list(self._answers.items()):
+                answer.tokens_left -= 1
+                ended = answer.tokens_left == 0
                 if ended:
-                    del self._streams[request_id]
+                    del self._answers[request_id]
                 reason = FinishReason.LENGTH if ended else None
                 delta = TokenDelta(request_id, [self._token_id], finish_reason=reason)
-                by_client.setdefault(stream.client, []).append(delta)
-            for client, deltas in by_client.items():
-                channel.send(client, StepOutputs(deltas))
+                by_client.setdefault(answer.client, []).append(delta)
+            streams.deliver(by_client)

@@ -18,21 +18,28 @@ from ipc.messages import (
     CallFailed,
     CallId,
     Cancel,
+    ClientCall,
     ClientMessage,
     Connect,
+    Credit,
     EngineMessage,
     EngineStats,
     Epoch,
     FinishReason,
     Generate,
+    GetHealth,
     GetStats,
+    Health,
     ListAdapters,
     LoadAdapter,
+    Ping,
+    Pong,
     PrefetchAdapters,
     Prefetching,
     Registered,
     RequestId,
     Residency,
+    ServingStatus,
     StepOutputs,
     TokenDelta,
     UnloadAdapter,
@@ -83,6 +90,8 @@ class FakeEngine:
         self.epoch = 0
         self.requests: list[Generate] = []
         self.cancelled: list[RequestId] = []
+        self.credits: dict[RequestId, int] = {}
+        self.heartbeat_interval_ms = 5_000
         self.calls: list[ClientMessage] = []
         self.adapters: dict[str, AdapterStatus] = {}
         self.folder_names: list[str] = []
@@ -133,6 +142,11 @@ class FakeEngine:
                         self.send(delta)
                 case Cancel(request_id):
                     self.cancelled.append(request_id)
+                case Credit(request_id, credits):
+                    self.credits[request_id] = self.credits.get(request_id, 0) + credits
+                case Ping():
+                    if not self.is_deaf:
+                        channel.send(client, Pong())
                 case _:
                     self.calls.append(message)
                     if not self.is_deaf:
@@ -140,7 +154,7 @@ class FakeEngine:
 
     def _answer(
         self,
-        message: Connect | LoadAdapter | UnloadAdapter | PrefetchAdapters | ListAdapters | GetStats,
+        message: ClientCall,
     ) -> EngineMessage:
         try:
             match message:
@@ -153,6 +167,7 @@ class FakeEngine:
                         MAX_MODEL_LEN,
                         MAX_LOGPROBS,
                         (EOS_ID,),
+                        self.heartbeat_interval_ms,
                     )
                 case LoadAdapter():
                     return Registered(message.call_id, self._load(message))
@@ -170,6 +185,9 @@ class FakeEngine:
                     return AdapterList(call_id, list(self.adapters.values()), self.folder_names)
                 case GetStats(call_id):
                     return self._stats(call_id)
+                case GetHealth(call_id):
+                    status = ServingStatus.SERVING
+                    return Health(call_id, status, Epoch(self.epoch), self.loader_connected)
                 case _:
                     assert_never(message)
         except SidestreamError as error:

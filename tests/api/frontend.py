@@ -107,7 +107,7 @@ async def frontend(
         engine = FakeEngine(endpoint, script or says("ok"))
         engine.start()
         timeouts = Timeouts(handshake_s=2.0, call_s=2.0, load_adapter_s=2.0, token_s=DEADLINE_S)
-        client = EngineClient(context, endpoint, timeouts, config.max_pending_deltas)
+        client = EngineClient(context, endpoint, timeouts, config.stream_window)
         if step_by_step:
             engine.before_send = _Steps(client).wait
         running = asyncio.create_task(client.run())

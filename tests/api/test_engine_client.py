@@ -9,17 +9,24 @@ import msgspec
 import pytest
 import zmq
 
-from api.engine_client import Prompt
+from api.engine_client import CallOptions, Prompt
 from ipc.errors import (
     AdapterConflict,
     AdapterNotFound,
     DeadlineExceeded,
     Internal,
     InvalidRequest,
-    Overloaded,
     Unavailable,
 )
-from ipc.messages import FinishReason, Generate, SamplingParams, TokenDelta
+from ipc.messages import (
+    MAX_CLIENT_MESSAGE_BYTES,
+    Call,
+    FinishReason,
+    Generate,
+    SamplingParams,
+    ServingStatus,
+    TokenDelta,
+)
 from tests.api.fake_engine import fails, says, waits
 from tests.api.frontend import Frontend, frontend, on_loop, until
 
@@ -137,19 +144,70 @@ async def test_an_engine_that_does_not_answer_is_a_deadline_exceeded() -> None:
     async with frontend() as front:
         front.engine.is_deaf = True
         with pytest.raises(DeadlineExceeded, match=r"did not answer within 0\.05 s"):
-            await front.client.stats(timeout_s=0.05)
+            await front.client.stats(CallOptions(timeout_s=0.05))
 
 
 @on_loop
-async def test_a_client_that_reads_too_slowly_loses_its_request_and_nobody_elses() -> None:
-    async with frontend(says("x" * 20), max_pending_deltas=8) as front:
-        async with front.client.generate("slow", [PROMPT]) as slow:
-            await until(lambda: front.client.num_streams == 0)
-            front.engine.script = says("ok")
-            assert len((await tokens(front, PROMPT))[0]) == 3
-            with pytest.raises(Overloaded, match="reads too slowly"):
-                await anext(slow)
-        await until(lambda: front.engine.cancelled == [front.engine.requests[0].request_id])
+async def test_a_reader_that_falls_behind_gives_no_credit_until_it_reads_again() -> None:
+    async with (
+        frontend(waits, stream_window=4) as front,
+        front.client.generate("slow", [PROMPT]) as slow,
+    ):
+        await until(lambda: len(front.engine.requests) == 1)
+        request = front.engine.requests[0]
+        assert request.credits == 4
+        for number in range(4):
+            front.engine.send(TokenDelta(request.request_id, [number]))
+        await front.client.stats()  # Answered behind the tokens.
+        assert front.engine.credits == {}
+        assert (await anext(slow))[1].token_ids == [0, 1, 2, 3]
+        await until(lambda: front.engine.credits == {request.request_id: 4})
+
+
+@on_loop
+async def test_a_call_tells_the_engine_how_long_it_waits_and_what_to_log() -> None:
+    options = CallOptions(timeout_s=1.5, metadata={"traceparent": "00-ab"})
+    async with frontend(says("ok")) as front:
+        await front.client.stats(options)
+        async with front.client.generate("test", [PROMPT], options) as stream:
+            assert [index async for index, _ in stream]
+        for call in (front.engine.calls[-1], front.engine.requests[0]):
+            assert isinstance(call, Call)
+            assert (call.deadline_ms, call.metadata) == (1500, {"traceparent": "00-ab"})
+
+
+@on_loop
+async def test_an_engine_that_answers_no_heartbeat_is_lost_and_sought_again() -> None:
+    async with frontend(waits) as front:
+        front.engine.heartbeat_interval_ms = 20
+        await front.engine.stop()
+        front.engine.start()
+        await until(lambda: len(front.engine.calls) == 2)
+        await front.client.wait_connected(10)
+        stream = asyncio.create_task(tokens(front, PROMPT))
+        await until(lambda: len(front.engine.requests) == 1)
+        front.engine.is_deaf = True
+        with pytest.raises(Unavailable, match="silent"):
+            await stream
+        front.engine.is_deaf = False
+        await front.client.wait_connected(10)
+
+
+@on_loop
+async def test_a_message_that_is_too_large_is_refused_before_it_is_sent() -> None:
+    async with frontend(says("ok")) as front:
+        prompt = Prompt([2**31] * (MAX_CLIENT_MESSAGE_BYTES // 5), SamplingParams(), None)
+        with pytest.raises(InvalidRequest, match=f"expected at most {MAX_CLIENT_MESSAGE_BYTES}"):
+            await tokens(front, prompt)
+        assert (await tokens(front, PROMPT))[0]
+        assert len(front.engine.requests) == 1
+
+
+@on_loop
+async def test_health_is_the_engines_own_word() -> None:
+    async with frontend() as front:
+        health = await front.client.health()
+        assert (health.status, health.loader_connected) == (ServingStatus.SERVING, True)
 
 
 @on_loop
@@ -201,7 +259,7 @@ async def test_ending_all_tells_every_reader_and_the_engine() -> None:
 
 @on_loop
 async def test_losing_the_engine_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "api.engine_client"):
+    with caplog.at_level(logging.WARNING, "api.engine_session"):
         async with frontend() as front:
             await front.engine.stop()
             front.engine.start()
@@ -212,7 +270,7 @@ async def test_losing_the_engine_is_logged_once(caplog: pytest.LogCaptureFixture
 @on_loop
 async def test_a_new_connection_does_not_wait_for_the_old_ones_remains() -> None:
     async with frontend() as front:
-        context = front.client._context
+        context = front.client._session._context
         with contextlib.ExitStack() as stack:
             # As if monitors of earlier sockets, whatever descriptors they had, were closing still.
             for descriptor in range(256):
@@ -221,6 +279,6 @@ async def test_a_new_connection_does_not_wait_for_the_old_ones_remains() -> None
                     remains.bind(f"inproc://monitor.s-{descriptor}")
             await front.engine.stop()
             front.engine.start()
-            await until(lambda: front.client._welcome is None)
+            await until(lambda: front.client._session._welcome is None)
             await front.client.wait_connected(10)
             assert (await tokens(front, PROMPT))[0]

@@ -99,7 +99,7 @@ def test_help_goes_from_where_the_server_listens_to_how_its_processes_are_watche
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     titles = re.findall(r"^(\w+):$", capsys.readouterr().out, re.MULTILINE)
-    assert titles[-5:] == ["HTTP", "model", "batching", "adapters", "process"]
+    assert titles[-6:] == ["HTTP", "RPC", "model", "batching", "adapters", "process"]
 
 
 @pytest.mark.parametrize(

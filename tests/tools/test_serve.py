@@ -68,6 +68,11 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("--port", "0", 0),
     ("--chat-template", "/chat.jinja", "/chat.jinja"),
     ("--drain-timeout", "3", 3.0),
+    ("--rpc-bind", "tcp://127.0.0.1:5557", "tcp://127.0.0.1:5557"),
+    ("--rpc-key", "/engine.key_secret", "/engine.key_secret"),
+    ("--rpc-client-keys", "/clients", "/clients"),
+    ("--rpc-heartbeat-interval", "2.5", 2.5),
+    ("--max-unread-tokens", "99", 99),
     ("--device", "cpu", DeviceKind.CPU),
     ("--dtype", "bfloat16", ModelDType.BFLOAT16),
     ("--load-format", "dummy", LoadFormat.DUMMY),
@@ -107,7 +112,10 @@ GIVEN: list[tuple[str, str, Any]] = [
 ]
 
 # What some of them are refused without.
-NEEDED = {"--adapter-load-format": ("--load-format", "dummy")}
+NEEDED = {
+    "--adapter-load-format": ("--load-format", "dummy"),
+    "--rpc-bind": ("--rpc-key", "/k", "--rpc-client-keys", "/c"),
+}
 
 
 @pytest.mark.parametrize(("flag", "text", "value"), GIVEN)

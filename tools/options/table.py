@@ -10,10 +10,11 @@ from typing import Any
 from tools.options.adapters import ADAPTERS
 from tools.options.model import BATCHING, MODEL
 from tools.options.option import ConfigType, Option
-from tools.options.server import HTTP, PROCESS
+from tools.options.server import HTTP, PROCESS, RPC
 
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "HTTP": HTTP,
+    "RPC": RPC,
     "model": MODEL,
     "batching": BATCHING,
     "adapters": ADAPTERS,
