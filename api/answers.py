@@ -44,15 +44,20 @@ class AnswerHeader:
 
     def usage(self) -> Usage:
         """The usage up to now."""
-        prompt, completion = self.counts.prompt, self.counts.completion
-        cached = PromptTokensDetails(self.counts.cached)
-        return Usage(prompt, completion, prompt + completion, cached)
+        return usage(self.counts)
 
     def chunk_usage(self) -> Usage | UnsetType | None:
         """What stands in the ``usage`` of a chunk that is not the last."""
         if self.continuous_usage:
             return self.usage()
         return None if self.include_usage else UNSET
+
+
+def usage(counts: TokenCounts) -> Usage:
+    """The counts as OpenAI has them."""
+    prompt, completion = counts.prompt, counts.completion
+    cached = PromptTokensDetails(counts.cached)
+    return Usage(prompt, completion, prompt + completion, cached)
 
 
 def join(pieces: Sequence[Piece]) -> Piece:

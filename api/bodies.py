@@ -1,25 +1,18 @@
 """Request bodies: read within bounds, decoded with errors that name the field."""
 
 import asyncio
-import re
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from api.error_responses import RequestRefused
+from api.field_errors import field_error, shorten, value_at
 from ipc.errors import Cancelled, InvalidRequest
 
 Body = TypeVar("Body")
 
 MEDIA_TYPE = "application/json"
-
-# How much of a wrong value is repeated.
-_SHOWN_CHARS = 80
-
-_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
-_STEP = re.compile(r"\[(?P<place>\d+)\]|\.?(?P<key>[^.\[\]]+)")
-_MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`$")
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
@@ -66,7 +59,7 @@ def decode_body(body: bytes, body_type: type[Body]) -> Body:
     try:
         decoded = msgspec.json.decode(body, type=body_type)
     except msgspec.ValidationError as error:
-        raise _invalid(str(error), body) from None
+        raise field_error(error, "the body", lambda path: _shown(body, path)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     except RecursionError:
@@ -74,39 +67,14 @@ def decode_body(body: bytes, body_type: type[Body]) -> Body:
     return decoded
 
 
-def _invalid(message: str, body: bytes) -> InvalidRequest:
-    """From ``Expected `int`, got `str` - at `$.n` `` to a sentence that begins with the field."""
-    match = _PATH.search(message)
-    path = match["path"] if match else ""
-    problem = _PATH.sub("", message)
-    missing = _MISSING.match(problem)
-    if missing is not None:
-        path = f"{path}.{missing['field']}" if path else missing["field"]
-        return InvalidRequest(f"{path}: this field is required", param=path)
-    problem = problem[:1].lower() + problem[1:]
-    if ", got " not in problem and path:
-        problem += _got(body, path)
-    # What stands at a key of an object is said to be at [...].
-    path = path.removesuffix("[...]")
-    return InvalidRequest(f"{path or 'the body'}: {problem}", param=path or None)
-
-
-def _got(body: bytes, path: str) -> str:
-    """The value at ``path`` of ``body``, as the end of a sentence; nothing where there is none."""
+def _shown(body: bytes, path: str) -> str:
+    """The JSON of the value at ``path`` of ``body``; empty where there is none."""
     try:
-        value: Any = msgspec.json.decode(body)
-        for step in _STEP.finditer(path):
-            value = value[step["key"]] if step["place"] is None else value[int(step["place"])]
+        value = value_at(msgspec.json.decode(body), path)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError):
         # What follows the wrong value may be no JSON at all, or have its field again.
         return ""
-    return f", got {shorten(msgspec.json.encode(value))}"
-
-
-def shorten(json: bytes) -> str:
-    """The text of ``json``, cut where it is too long to be repeated."""
-    text = json.decode(errors="replace")
-    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."
+    return shorten(msgspec.json.encode(value).decode(errors="replace"))
 
 
 def _too_large(got: str, max_bytes: int) -> RequestRefused:

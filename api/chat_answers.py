@@ -25,7 +25,7 @@ class ChatWriter:
     def __init__(
         self,
         header: AnswerHeader,
-        tokenizer: TextTokenizer,
+        tokenizer: TextTokenizer | None,
         *,
         logprobs: bool,
         prompt_token_ids: list[int] | None,

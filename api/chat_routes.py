@@ -5,14 +5,12 @@ from starlette.responses import Response
 
 from api.api_keys import Access
 from api.chat_answers import ChatWriter
-from api.chat_requests import ChatRequest, template_messages
+from api.chat_requests import ChatRequest
 from api.endpoints import ENGINE_ERRORS, Answer, Endpoint
 from api.openai_responses import ChatChunk, ChatCompletion
+from api.prompts import PromptEncoder
 from api.template_process import ChatRenderer
 from api.text_requests import TextRequests
-from api.tokenizer import TextTokenizer
-from ipc.errors import InvalidRequest
-from ipc.messages import RenderChat
 
 
 class ChatRoutes:
@@ -20,7 +18,7 @@ class ChatRoutes:
 
     def __init__(self, requests: TextRequests, template: ChatRenderer | None) -> None:
         self._requests = requests
-        self._template = template
+        self._prompts = PromptEncoder(requests.tokenizer, template)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -44,19 +42,7 @@ class ChatRoutes:
         requests = self._requests
         call = await requests.read(request, ChatRequest)
         call.check_supported()
-        tokenizer, template = self._text_side()
-        prompt = await template.render(
-            RenderChat(
-                messages=template_messages(call.messages),
-                tools=call.template_tools,
-                documents=call.documents,
-                variables=call.chat_template_kwargs,
-                add_generation_prompt=call.begins_answer,
-                continue_final_message=bool(call.continue_final_message),
-            )
-        )
-        # The template has written the special tokens out, unless the client knows otherwise.
-        ids = await tokenizer.encode(prompt, add_special_tokens=bool(call.add_special_tokens))
+        ids = await self._prompts.encode_chat(call)
         completion_field = call.max_completion_tokens is not None
         generation = requests.generation(
             request,
@@ -69,24 +55,8 @@ class ChatRoutes:
         )
         writer = ChatWriter(
             requests.header(request, call, "chatcmpl", generation),
-            tokenizer,
+            requests.tokenizer,
             logprobs=bool(call.logprobs),
             prompt_token_ids=ids if call.return_token_ids else None,
         )
         return await requests.answer(request, call, generation, writer, prompt_param="messages")
-
-    def _text_side(self) -> tuple[TextTokenizer, ChatRenderer]:
-        tokenizer = self._requests.tokenizer
-        if tokenizer is None:
-            raise InvalidRequest(
-                "the model's folder has no tokenizer.json: chats are not served, but"
-                " /v1/completions takes prompts as token ids",
-                param="messages",
-            )
-        if self._template is None:
-            raise InvalidRequest(
-                "the model's folder has no chat template: chats are not served, but"
-                " /v1/completions takes prompts as text",
-                param="messages",
-            )
-        return tokenizer, self._template

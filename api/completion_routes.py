@@ -10,6 +10,7 @@ from api.completion_answers import CompletionWriter
 from api.endpoints import ENGINE_ERRORS, Answer, Endpoint
 from api.openai_requests import CompletionRequest
 from api.openai_responses import Completion
+from api.prompts import PromptEncoder
 from api.text_requests import TextRequests
 from ipc.errors import InvalidRequest
 
@@ -21,6 +22,7 @@ class CompletionRoutes:
 
     def __init__(self, requests: TextRequests) -> None:
         self._requests = requests
+        self._prompts = PromptEncoder(requests.tokenizer, template=None)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -75,21 +77,11 @@ class CompletionRoutes:
                 param="prompt",
             )
         return [
-            await self._encode_text(prompt, call) if isinstance(prompt, str) else prompt
+            await self._prompts.encode(
+                prompt, add_special_tokens=call.add_special_tokens is not False
+            )
             for prompt in prompts
         ]
-
-    async def _encode_text(self, prompt: str, call: CompletionRequest) -> list[int]:
-        tokenizer = self._requests.tokenizer
-        if tokenizer is None:
-            raise InvalidRequest(
-                "prompt: expected token ids, got a string: the model's folder has no"
-                " tokenizer.json",
-                param="prompt",
-            )
-        return await tokenizer.encode(
-            prompt, add_special_tokens=call.add_special_tokens is not False
-        )
 
     def _echo(self, call: CompletionRequest, prompts: list[list[int]]) -> list[str]:
         """The prompts as text, when they are to begin the answers."""

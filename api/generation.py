@@ -1,4 +1,4 @@
-"""From the engine's tokens to the text of one HTTP request's choices.
+"""From the engine's tokens to the text of one request's choices, over HTTP or in a client.
 
 The life of a request here:
 
@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from api.detokenizer import Detokenizer
-from api.engine_client import EngineClient, Prompt
+from api.engine_client import NO_OPTIONS, CallOptions, EngineClient, Prompt
 from api.metrics import RequestMetrics
 from api.tokenizer import TextTokenizer
 from ipc.errors import InvalidRequest
@@ -100,7 +100,7 @@ class Choice:
 
 @dataclass
 class TextGeneration:
-    """All that one HTTP request asks of the engine.
+    """All that one request for text asks of the engine.
 
     ``prompts`` has, for each prompt, one entry a choice; choices are numbered through.
     """
@@ -111,6 +111,7 @@ class TextGeneration:
     name: str
     prompts: Sequence[Sequence[Prompt]]
     options: TextOptions
+    call_options: CallOptions = NO_OPTIONS
     counts: TokenCounts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +128,7 @@ class TextGeneration:
         choices = [Choice(index, self.tokenizer, self.options) for index in range(len(wanted))]
         adapters = {prompt.adapter for prompt in wanted}
         with self.metrics.follow(adapters, len(wanted)) as follower:
-            async with self.engine.generate(self.name, wanted) as stream:
+            async with self.engine.generate(self.name, wanted, self.call_options) as stream:
                 async for index, delta in stream:
                     follower.tokens(index, len(delta.token_ids))
                     piece = choices[index].take(delta)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from api.bodies import shorten
+from api.field_errors import shorten
 from ipc.errors import InvalidRequest
 
 # The values, besides null, with which the field asks for nothing.
@@ -79,7 +79,7 @@ def check_refused(body: bytes, body_type: type[msgspec.Struct]) -> None:
         if value is not None and value not in harmless:
             raise InvalidRequest(
                 f"{name} is not supported: expected it {_absent_or(harmless)},"
-                f" got {shorten(bytes(raw))}",
+                f" got {shorten(bytes(raw).decode(errors='replace'))}",
                 param=name,
             )
 

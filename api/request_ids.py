@@ -1,18 +1,16 @@
 """Gives every request an id, in its answer and in the log."""
 
 import logging
-import re
-import uuid
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.request_names import is_request_name, new_request_name
+
 logger = logging.getLogger(__name__)
 
 HEADER = "x-request-id"
-# What may be echoed, and written into logs, without a thought.
-_ACCEPTABLE = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class RequestIds:
@@ -29,7 +27,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         given = Request(scope).headers.get(HEADER, "")
-        request_id = given if _ACCEPTABLE.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if is_request_name(given) else new_request_name()
         scope.setdefault("state", {})["request_id"] = request_id
         answered = False
 

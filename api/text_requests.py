@@ -12,9 +12,10 @@ from api.answers import AnswerHeader, AnswerWriter
 from api.bodies import decode_body, read_body
 from api.chat_requests import ChatRequest
 from api.config import ApiConfig
-from api.engine_client import EngineClient, Prompt
+from api.engine_client import EngineClient
 from api.error_responses import RequestRefused, context_length_exceeded, model_not_found
-from api.generation import TextGeneration, TextOptions
+from api.generation import TextGeneration
+from api.generation_calls import GenerationCall, text_generation
 from api.metrics import RequestMetrics
 from api.openai_requests import CompletionRequest
 from api.refused_fields import check_refused
@@ -24,7 +25,6 @@ from api.tokenizer import TextTokenizer
 from ipc.errors import AdapterNotFound, InvalidRequest, SidestreamError
 from ipc.messages import Welcome
 
-GenerationCall = CompletionRequest | ChatRequest
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
 
 
@@ -106,32 +106,16 @@ class TextRequests:
                 f"{param}: expected one of [0, {welcome.max_logprobs}], got {logprobs}",
                 param=param,
             )
-        adapters = self.adapters(call, len(prompts))
-        return TextGeneration(
-            engine=self.engine,
-            tokenizer=self.tokenizer,
-            metrics=self.metrics,
+        return text_generation(
+            self.engine,
+            self.tokenizer,
+            self.metrics,
+            call,
             name=request_id(request),
-            prompts=[
-                [
-                    Prompt(
-                        prompt,
-                        call.sampling_params(
-                            max_tokens=max_tokens, logprobs=logprobs, choice=choice
-                        ),
-                        adapter,
-                    )
-                    for choice in range(call.num_choices)
-                ]
-                for prompt, adapter in zip(prompts, adapters, strict=True)
-            ],
-            options=TextOptions(
-                stops=call.stop_strings,
-                include_stop=bool(call.include_stop_str_in_output),
-                skip_special_tokens=call.skip_special_tokens is not False,
-                min_tokens=call.min_tokens or 0,
-                stop_token_ids=tuple(call.stop_token_ids or ()),
-            ),
+            prompts=prompts,
+            adapters=self.adapters(call, len(prompts)),
+            max_tokens=max_tokens,
+            logprobs=logprobs,
         )
 
     def header(

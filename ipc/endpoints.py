@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from ipc.errors import Unavailable
+from ipc.errors import InvalidRequest, Unavailable
 
 _PREFIX = "sidestream-run-"
 _LONGEST_NAME = "handover.sock"
@@ -59,6 +59,30 @@ class RunFolder:
             if folder.path.exists():
                 return folder
             folder.leave()
+
+    @classmethod
+    def of_running_server(cls, parents: Iterable[Path]) -> "RunFolder":
+        """The run folder of the one server of this user's that runs, if it lies in ``parents``.
+
+        What servers left there whose every process was killed at once is removed on the way.
+
+        Raises:
+            Unavailable: no server runs.
+            InvalidRequest: several do.
+        """
+        found: set[Path] = set()
+        for parent in parents:
+            _sweep(parent)
+            found.update(path for path in parent.glob(f"{_PREFIX}*") if _is_ours(path))
+        if not found:
+            raise Unavailable("no server of this user's runs on this machine")
+        if len(found) > 1:
+            folders = ", ".join(map(str, sorted(found)))
+            raise InvalidRequest(
+                f"server: expected the run folder of one of {len(found)} running servers"
+                f" ({folders}), got none"
+            )
+        return cls(found.pop())
 
     @property
     def rpc_endpoint(self) -> str:
@@ -122,11 +146,24 @@ class RunFolder:
             self._lock_fd = None
 
 
+def run_folder_parents() -> list[Path]:
+    """Where a run folder may be made, the best place first."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    places = [Path(runtime)] if runtime else []
+    return [*places, Path(tempfile.gettempdir()), Path("/tmp")]
+
+
 def _sweep(parent: Path) -> None:
     for path in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if path.lstat().st_uid == os.getuid():
-                RunFolder(path).leave()
+        if _is_ours(path):
+            RunFolder(path).leave()
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.getuid()
+    except OSError:
+        return False
 
 
 def _open_folder(path: Path) -> int:

@@ -7,7 +7,6 @@ import functools
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import uvloop
 from api.config import ApiConfig
 from engine.config import EngineConfig, StartAdapter
 from ipc import log
-from ipc.endpoints import RunFolder
+from ipc.endpoints import RunFolder, run_folder_parents
 from ipc.errors import InvalidRequest, Unavailable
 from ipc.remote_path import is_remote
 from ipc.trace import create_trace
@@ -242,13 +241,6 @@ def reserve_port(host: str, port: int) -> Iterator[int]:
         except OSError as error:
             raise Unavailable(f"can not listen at {host}:{port}: {error.strerror}") from error
         yield int(reserved.getsockname()[1])
-
-
-def run_folder_parents() -> list[Path]:
-    """Where a run folder may be made, the best place first."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    places = [Path(runtime)] if runtime else []
-    return [*places, Path(tempfile.gettempdir()), Path("/tmp")]
 
 
 def _url(host: str, port: int) -> str:

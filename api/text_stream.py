@@ -1,0 +1,146 @@
+"""A text while it is generated, and when it is whole, as the Python clients hand it out."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from api.answers import join, usage
+from api.deadline import Deadline
+from api.generation import Piece, TextGeneration
+from api.openai_responses import Usage
+from ipc.errors import Cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece(Piece):
+    """What one engine step adds to one choice.
+
+    The last piece of a choice alone has a ``finish_reason``: ``stop`` or ``length``;
+    ``stop_reason`` is the stop string or stop token that ended it. ``text`` is empty while a
+    character or what may be a stop string is not complete. ``logprobs`` has one entry a token
+    where they were asked for. ``usage`` counts all choices up to now.
+    """
+
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class TextAnswer:
+    """A whole answer; ``choices`` are in order of their ``index``, joined from their pieces."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    choices: tuple[Piece, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """The first choice's text; empty where there is no tokenizer."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The first choice's tokens, the one that ended it included."""
+        return self.choices[0].token_ids
+
+
+class AsyncTextStream:
+    """Yields the pieces of every choice as they come; nothing is sent before the first is asked
+    for. One task at a time.
+
+    The request is cancelled in the engine by leaving ``async with``, by ``aclose``, when the
+    stream is dropped, when the task that waits for a piece is cancelled, and at the deadline,
+    which runs from when the first piece is asked for.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[Deadline], Awaitable[TextGeneration]],
+        request_id: str,
+        timeout_s: float | None,
+    ) -> None:
+        self.request_id = request_id
+        self._begin = begin
+        self._timeout_s = timeout_s
+        self._generation: TextGeneration | None = None
+        self._pieces: AsyncGenerator[Piece, None] | None = None
+        self._has_ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TextPiece:
+        """The next piece.
+
+        Raises:
+            DeadlineExceeded: the answer was not complete in time.
+            SidestreamError: what the engine refused the request with, or ``Unavailable`` when it
+                is away or was lost.
+        """
+        if self._has_ended:
+            raise StopAsyncIteration
+        try:
+            piece = await self._next()
+        except BaseException:
+            self._has_ended = True
+            raise
+        if piece is None:
+            self._has_ended = True
+            raise StopAsyncIteration
+        return piece
+
+    async def _next(self) -> TextPiece | None:
+        if self._generation is None or self._pieces is None:
+            deadline = Deadline.after(self._timeout_s)
+            async with deadline.enforced():
+                self._generation = await self._begin(deadline)
+            self._pieces = self._generation.pieces()
+        piece = await anext(self._pieces, None)
+        if piece is None:
+            return None
+        return TextPiece(
+            piece.index,
+            piece.text,
+            piece.token_ids,
+            piece.logprobs,
+            piece.finish_reason,
+            piece.stop_reason,
+            usage(self._generation.counts),
+        )
+
+    async def answer(self) -> TextAnswer:
+        """The rest of the pieces as one answer.
+
+        Raises:
+            Cancelled: the stream was closed before it began.
+            SidestreamError: as ``__anext__``.
+        """
+        by_index: dict[int, list[Piece]] = {}
+        async for piece in self:
+            by_index.setdefault(piece.index, []).append(piece)
+        if self._generation is None:
+            raise Cancelled("the stream was closed before it began")
+        return TextAnswer(
+            self.request_id,
+            self._generation.prompts[0][0].token_ids,
+            tuple(join(by_index[index]) for index in sorted(by_index)),
+            usage(self._generation.counts),
+        )
+
+    async def aclose(self) -> None:
+        """Wants no more: cancels what has not ended."""
+        self._has_ended = True
+        if self._pieces is not None:
+            await self._pieces.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
