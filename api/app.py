@@ -23,7 +23,9 @@ from api.error_responses import (
     on_http_exception,
     on_refusal,
     on_sidestream_error,
+    refusal_reason,
 )
+from api.live_routes import LiveRoutes
 from api.metrics import RequestMetrics
 from api.model_routes import ModelRoutes
 from api.request_ids import RequestIds
@@ -55,11 +57,14 @@ def build_app(
         *ModelRoutes(config, engine, metrics).endpoints,
         *adapters.endpoints,
         *SglangRoutes(adapters, engine).endpoints,
+        *LiveRoutes(config, engine, metrics, release(), has_chat=template is not None).endpoints,
         *StatusRoutes(config, engine, metrics, release()).endpoints,
     ]
     documentation = DocumentationRoutes(described, keys, release())
     app = Starlette(
-        routes=[_route(endpoint, keys) for endpoint in (*described, *documentation.endpoints)],
+        routes=[
+            _route(endpoint, keys, metrics) for endpoint in (*described, *documentation.endpoints)
+        ],
         exception_handlers={
             RequestRefused: on_refusal,
             SidestreamError: on_sidestream_error,
@@ -71,11 +76,17 @@ def build_app(
     return RequestIds(app)
 
 
-def _route(endpoint: Endpoint, keys: ApiKeys) -> Route:
-    handler = functools.partial(_guarded, endpoint, keys)
+def _route(endpoint: Endpoint, keys: ApiKeys, metrics: RequestMetrics) -> Route:
+    handler = functools.partial(_guarded, endpoint, keys, metrics)
     return Route(endpoint.path, handler, methods=[endpoint.method])
 
 
-async def _guarded(endpoint: Endpoint, keys: ApiKeys, request: Request) -> Response:
-    keys.check(request, endpoint.access)
-    return await endpoint.handler(request)
+async def _guarded(
+    endpoint: Endpoint, keys: ApiKeys, metrics: RequestMetrics, request: Request
+) -> Response:
+    try:
+        keys.check(request, endpoint.access)
+        return await endpoint.handler(request)
+    except Exception as error:
+        metrics.observe_refusal(refusal_reason(error))
+        raise

@@ -30,6 +30,8 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     max_stop_string_chars: int = 1024
     # How many steps of a stream the engine may send ahead of its reader.
     stream_window: int = 64
+    # Adapters that have a metric of their own; the others are summed up.
+    max_adapter_series: int = 512
 
     connect_timeout_s: float = 300.0
     handshake_timeout_s: float = 5.0

@@ -26,6 +26,7 @@ from ipc.errors import (
     error_from_info,
 )
 from ipc.messages import (
+    Activity,
     AdapterList,
     AdapterStatus,
     CallFailed,
@@ -36,6 +37,7 @@ from ipc.messages import (
     EngineMessage,
     EngineStats,
     Generate,
+    GetActivity,
     GetHealth,
     GetStats,
     Health,
@@ -55,7 +57,9 @@ from ipc.messages import (
 )
 
 Answer = TypeVar("Answer")
-EngineAnswer = Registered | Unregistered | Prefetching | AdapterList | EngineStats | Health
+EngineAnswer = (
+    Registered | Unregistered | Prefetching | AdapterList | EngineStats | Health | Activity
+)
 
 
 class Timeouts(msgspec.Struct, frozen=True):
@@ -232,6 +236,11 @@ class EngineClient:
         """Whether steps go on, and adapters can be loaded. Raises as ``stats``."""
         _ = self.welcome
         return await self._call(GetHealth, Health, self._timeouts.call_s, options)
+
+    async def activity(self, options: CallOptions = NO_OPTIONS) -> Activity:
+        """What is where, and the last minute's steps and loads. Raises as ``stats``."""
+        _ = self.welcome
+        return await self._call(GetActivity, Activity, self._timeouts.call_s, options)
 
     async def list_adapters(
         self, *, with_folder: bool, options: CallOptions = NO_OPTIONS

@@ -84,6 +84,15 @@ def error_body(error: SidestreamError) -> ErrorBody:
     return ErrorBody(error.message, _type(error.code.http_status), error.param, code)
 
 
+def refusal_reason(error: Exception) -> str:
+    """The code of the error that a request is answered with: one of few, for metrics."""
+    if isinstance(error, RequestRefused) and error.body.code is not None:
+        return error.body.code
+    if isinstance(error, SidestreamError):
+        return error.code.value.lower()
+    return ErrorCode.INTERNAL.value.lower()
+
+
 def refusal_response(error: RequestRefused) -> Response:
     """The whole response for a refusal."""
     return _response(error.status, error.body, error.headers)

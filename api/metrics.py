@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import prometheus_client
 
+from api.latencies import RecentLatencies
+
 TOKEN_SECONDS = (
     0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06,
     0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -31,20 +33,36 @@ class RequestMetrics:
         self.registry = prometheus_client.CollectorRegistry()
         self._model_name = model_name
         self._first_token = self._histogram(
-            "vllm:time_to_first_token_seconds", "Until a choice's first token.", FIRST_TOKEN_SECONDS
+            "vllm:time_to_first_token_seconds",
+            "Seconds from a request's arrival until a choice's first token. What a user waits for.",
+            FIRST_TOKEN_SECONDS,
         )
         self._between_tokens = self._histogram(
-            "vllm:inter_token_latency_seconds", "Between a choice's steps.", TOKEN_SECONDS
+            "vllm:inter_token_latency_seconds",
+            "Seconds between a choice's tokens. Its tail is what others' prefills and loads cost.",
+            TOKEN_SECONDS,
         )
         self._whole = self._histogram(
-            "vllm:e2e_request_latency_seconds", "Until a request's end.", REQUEST_SECONDS
+            "vllm:e2e_request_latency_seconds",
+            "Seconds from a request's arrival until its end, of those that ended as asked.",
+            REQUEST_SECONDS,
         )
         self._ended = prometheus_client.Counter(
             "vllm:request_success",
-            "Choices that ended, by reason.",
+            "Choices that ended, by reason: stop and length are as asked, abort is the client's"
+            " doing, error the server's.",
             ("model_name", "finished_reason"),
             registry=self.registry,
         )
+        self._refused = prometheus_client.Counter(
+            "sidestream:requests_refused",
+            "HTTP requests that were answered with an error, by its code. resource_exhausted and"
+            " unavailable ask for more servers, most others for a look at the client.",
+            ("model_name", "reason"),
+            registry=self.registry,
+        )
+        self.recent_first_tokens = RecentLatencies()
+        self.recent_next_tokens = RecentLatencies()
         self.running_adapters: Counter[str] = Counter()
         self.waiting_adapters: Counter[str] = Counter()
 
@@ -66,9 +84,14 @@ class RequestMetrics:
 
     def observe_token(self, seconds: float, *, first: bool) -> None:
         (self._first_token if first else self._between_tokens).observe(seconds)
+        (self.recent_first_tokens if first else self.recent_next_tokens).observe(seconds)
 
     def observe_end(self, reason: str, num_choices: int = 1) -> None:
         self._ended.labels(self._model_name, reason).inc(num_choices)
+
+    def observe_refusal(self, reason: str) -> None:
+        """``reason`` is one of few: an error's code."""
+        self._refused.labels(self._model_name, reason).inc()
 
     def observe_request(self, seconds: float) -> None:
         self._whole.observe(seconds)

@@ -118,7 +118,13 @@ class StatusRoutes:
             adapters = (await self._engine.list_adapters(with_folder=False)).adapters
         except SidestreamError as error:
             logger.info("request %s: no figures of the engine: %s", request_id(request), error)
-        scrape = Scrape(self._metrics, self._config.served_model_name, stats, adapters)
+        scrape = Scrape(
+            self._metrics,
+            self._config.served_model_name,
+            stats,
+            adapters,
+            self._config.max_adapter_series,
+        )
         text = prometheus_client.generate_latest(scrape)
         return Response(text, headers={"content-type": prometheus_client.CONTENT_TYPE_LATEST})
 

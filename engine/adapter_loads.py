@@ -17,6 +17,11 @@ class AdapterLoads:
     def __len__(self) -> int:
         return len(self._loads)
 
+    @property
+    def last(self) -> LoadId | None:
+        """The one that began last, which may be over; None before the first."""
+        return LoadId(self._next_load_id - 1) if self._next_load_id > 1 else None
+
     def in_flight(self) -> list[PooledAdapter]:
         """Those that are LOADING, the earliest first."""
         return [load for load in self._loads.values() if load.state is AdapterState.LOADING]

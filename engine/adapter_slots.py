@@ -1,7 +1,7 @@
 """Who owns which part of the adapter pool, and who has to go when another one needs room."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -83,6 +83,10 @@ class AdapterSlots:
     def version(self) -> int:
         """Grows with every change that could make room or need it."""
         return self._version
+
+    @property
+    def owners(self) -> Iterable[PooledAdapter]:
+        return self._owners.values()
 
     @property
     def num_owners(self) -> int:

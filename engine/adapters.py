@@ -11,7 +11,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 
@@ -35,6 +35,7 @@ from ipc.messages import (
     EngineToLoader,
     FolderNames,
     Forget,
+    HostImage,
     HostTierChanged,
     Inspect,
     Inspected,
@@ -239,6 +240,23 @@ class AdapterDirectory:
             self._status(adapter, tiers.get(adapter.adapter_id, Residency.DISK))
             for adapter in adapters
         ]
+
+    def host_images(self) -> list[HostImage]:
+        """What the loader keeps in host memory of the registered adapters, the largest first."""
+        images = [
+            HostImage(adapter.adapter_id, adapter.manifest.image_bytes)
+            for adapter in self._registry.adapters()
+            if adapter.manifest is not None and adapter.adapter_id in self._in_host_tier
+        ]
+        return sorted(images, key=lambda image: -image.num_bytes)
+
+    def names(self, adapter_ids: Collection[AdapterId]) -> dict[AdapterId, str]:
+        """The names of those that are registered."""
+        return {
+            adapter.adapter_id: adapter.name
+            for adapter in self._registry.adapters()
+            if adapter.adapter_id in adapter_ids
+        }
 
     def load_failed(self, adapter_id: AdapterId, error: SidestreamError) -> None:
         """Forgets a folder's adapter whose files have changed: its next request looks anew.

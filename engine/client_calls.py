@@ -4,16 +4,19 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from engine.adapters import AdapterDirectory
-from engine.commands import Command, Snapshot, TakeSnapshot
+from engine.commands import Command, Snapshot, TakeActivity, TakeSnapshot
 from engine.loader_link import LoaderLink
 from engine.stats import Capacities, engine_stats
 from engine.validation import MAX_LOGPROBS
+from ipc.activity import StepThreadActivity
 from ipc.errors import Internal, SidestreamError, Unimplemented
 from ipc.messages import (
     PROTOCOL_VERSION,
+    Activity,
+    AdapterId,
     AdapterList,
     CallFailed,
     CallId,
@@ -21,6 +24,7 @@ from ipc.messages import (
     Connect,
     EngineMessage,
     EngineStats,
+    GetActivity,
     GetHealth,
     GetStats,
     Health,
@@ -36,6 +40,11 @@ from ipc.messages import (
 )
 
 logger = logging.getLogger(__name__)
+
+Known = TypeVar("Known", Snapshot, StepThreadActivity)
+
+# More than anybody looks at.
+MAX_HOST_IMAGES = 512
 
 # A step takes milliseconds, and a prefill's a second: a step thread that is silent for longer does
 # not serve.
@@ -106,6 +115,8 @@ class ClientCalls:
                 return await self._stats(call_id)
             case GetHealth(call_id):
                 return await self._health(call_id)
+            case GetActivity(call_id):
+                return await self._activity(call_id)
             case _:
                 assert_never(call)
 
@@ -132,6 +143,7 @@ class ClientCalls:
             self._capacities,
             await self._snapshot(),
             loader_connected=self._link.connected,
+            loader=self._link.figures.stats(),
             num_stale_messages=self._link.num_stale_messages,
         )
 
@@ -145,17 +157,47 @@ class ClientCalls:
             status = ServingStatus.NOT_SERVING
         return Health(call_id, status, self._capacities.engine_epoch, self._link.connected)
 
+    async def _activity(self, call_id: CallId) -> Activity:
+        known = await self._ask_step_thread(TakeActivity)
+        loader = self._link.figures.stats()
+        images = self._adapters.host_images()
+        shown = images[:MAX_HOST_IMAGES]
+        mentioned = {image.adapter_id for image in shown}
+        mentioned.update(AdapterId(slot.adapter_id) for slot in known.slots)
+        mentioned.update(AdapterId(load.adapter_id) for load in known.loads)
+        mentioned.update(
+            AdapterId(each.adapter_id) for each in known.requests if each.adapter_id is not None
+        )
+        return Activity(
+            call_id,
+            self._capacities.engine_epoch,
+            self._link.connected,
+            pool_bytes_total=self._capacities.pool_bytes,
+            pool_bytes_used=sum(slot.num_bytes for slot in known.slots),
+            host_tier_bytes_total=loader.host_tier_bytes,
+            host_tier_bytes_used=loader.host_tier_bytes_used,
+            host_images=shown,
+            num_host_images=len(images),
+            names=self._adapters.names(mentioned),
+            step_thread=known,
+        )
+
     async def _snapshot(self) -> Snapshot:
-        """What the step thread knows, once it is between two steps."""
-        taken: asyncio.Future[Snapshot] = self._loop.create_future()
+        return await self._ask_step_thread(TakeSnapshot)
 
-        def answer(snapshot: Snapshot) -> None:
-            self._loop.call_soon_threadsafe(_set_if_waiting, taken, snapshot)
+    async def _ask_step_thread(
+        self, command: Callable[[Callable[[Known], None]], Command]
+    ) -> Known:
+        """What the step thread answers to ``command``, once it is between two steps."""
+        taken: asyncio.Future[Known] = self._loop.create_future()
 
-        self._submit(TakeSnapshot(answer))
+        def answer(known: Known) -> None:
+            self._loop.call_soon_threadsafe(_set_if_waiting, taken, known)
+
+        self._submit(command(answer))
         return await taken
 
 
-def _set_if_waiting(future: asyncio.Future[Snapshot], snapshot: Snapshot) -> None:
+def _set_if_waiting(future: asyncio.Future[Known], known: Known) -> None:
     if not future.done():
-        future.set_result(snapshot)
+        future.set_result(known)

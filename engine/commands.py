@@ -4,13 +4,13 @@ Commands are carried out in order of arrival, between two steps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.layer_jobs import LayerJobStats
 from engine.paused_sequences import RotationStats
-from engine.residency_stats import ResidencyStats
 from engine.scheduler_stats import SchedulerStats
 from engine.step_wait import StepWaitStats
+from ipc.activity import StepThreadActivity
 from ipc.errors import ErrorInfo
 from ipc.messages import (
     AdapterId,
@@ -20,6 +20,7 @@ from ipc.messages import (
     Residency,
     SamplingParams,
 )
+from ipc.stats import AdapterHits, LoadStats, StepStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,14 @@ class LoaderLost:
 
 
 @dataclass(frozen=True, slots=True)
+class HostTierUpdated:
+    """The loader brought images into its memory, and let others go."""
+
+    added: tuple[AdapterId, ...]
+    removed: tuple[AdapterId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StagesPlaced:
     """The first ``num_stages`` stages of the load lie in its slot; more are to come."""
 
@@ -99,9 +108,13 @@ class StagesPlaced:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlaced:
-    """Every byte of the load lies in its slot."""
+    """Every byte of the load lies in its slot; the copies from the ring took ``place_s`` in sum.
+
+    That is a measurement: it makes no difference between commands.
+    """
 
     load_id: LoadId
+    place_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +139,6 @@ class Snapshot:
     num_running: int
     num_waiting: int
     num_waiting_for_adapter: int
-    num_steps: int
     kv_blocks_used: int
     scheduler: SchedulerStats
     num_paused: int
@@ -135,7 +147,9 @@ class Snapshot:
     layer_jobs: LayerJobStats
     adapters_resident: int
     pool_bytes_used: int
-    adapters: ResidencyStats
+    steps: StepStats
+    loads: LoadStats
+    hits: AdapterHits
     tiers: dict[AdapterId, Residency]
 
 
@@ -144,6 +158,13 @@ class TakeSnapshot:
     """``answer`` is called on the step thread."""
 
     answer: Callable[[Snapshot], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeActivity:
+    """``answer`` is called on the step thread."""
+
+    answer: Callable[[StepThreadActivity], None]
 
 
 Command = (
@@ -155,9 +176,11 @@ Command = (
     | PrefetchAdapters
     | LoaderConnected
     | LoaderLost
+    | HostTierUpdated
     | StagesPlaced
     | LoadPlaced
     | LoadBroken
     | LoadAbandoned
     | TakeSnapshot
+    | TakeActivity
 )

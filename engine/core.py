@@ -32,6 +32,7 @@ from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol, assert_never
 
 from engine.action_dispatch import ActionDispatch, Slots
+from engine.activity import RecentSteps, oldest_requests, pool_slots
 from engine.block_manager import BlockManager
 from engine.commands import (
     AddAdapter,
@@ -39,6 +40,7 @@ from engine.commands import (
     CancelRequest,
     Command,
     DropClient,
+    HostTierUpdated,
     LoadAbandoned,
     LoadBroken,
     LoaderConnected,
@@ -48,13 +50,16 @@ from engine.commands import (
     RemoveAdapter,
     Snapshot,
     StagesPlaced,
+    TakeActivity,
     TakeSnapshot,
 )
 from engine.open_requests import OpenRequests
 from engine.plan import LaunchedStep, StepPlan, nothing_between
 from engine.residency import AdapterResidency
 from engine.scheduler import Scheduler
+from engine.step_meter import StepMeter
 from engine.step_pacer import StepPacer
+from ipc.activity import StepThreadActivity
 from ipc.errors import SidestreamError, error_from_info
 from ipc.messages import AdapterId, EngineToLoader, TokenDelta
 
@@ -128,7 +133,8 @@ class EngineCore:
         self._dispatch = ActionDispatch(
             slots, blocks, self._requests, send_to_loader, adapter_failed
         )
-        self._num_steps = 0
+        self._meter = StepMeter()
+        self._recent_steps = RecentSteps()
 
     def submit(self, command: Command) -> None:
         """Takes a command, from any thread, without waiting."""
@@ -198,6 +204,9 @@ class EngineCore:
         begin_s = max(launched_s, self._ended_s)
         self._ended_s = min(begin_s + seconds, time.monotonic())
         self._pacer.step_took(plan, seconds)
+        residency = self._residency
+        self._meter.completed(plan, seconds, residency.is_any_loading, residency.last_load)
+        self._recent_steps.completed(plan, begin_s, self._ended_s)
         if self._in_flight and self._in_flight[0].plan.is_decode:
             self._pacer.was_given(self._in_flight[0].given_s - self._ended_s)
         if plan.layer_group is None:
@@ -205,7 +214,6 @@ class EngineCore:
             self._scheduler.step_took(plan.num_tokens, seconds)
         for progress in self._scheduler.complete(plan, sampled):
             self._requests.report(progress)
-        self._num_steps += 1
 
     # --- Commands ---------------------------------------------------------------------------
 
@@ -284,16 +292,20 @@ class EngineCore:
                 self._residency.loader_connected()
             case LoaderLost():
                 self._residency.loader_lost()
+            case HostTierUpdated(added, removed):
+                self._residency.hits.host_tier_changed(added, removed)
             case StagesPlaced(load_id, num_stages):
                 self._residency.stages_placed(load_id, num_stages)
-            case LoadPlaced(load_id):
-                self._residency.load_placed(load_id, time.monotonic())
+            case LoadPlaced(load_id, place_s):
+                self._residency.load_placed(load_id, time.monotonic(), place_s)
             case LoadBroken(load_id, error):
                 self._residency.load_failed(load_id, error_from_info(error))
             case LoadAbandoned(load_id):
                 self._residency.load_abandoned(load_id)
             case TakeSnapshot(answer):
                 answer(self._snapshot())
+            case TakeActivity(answer):
+                answer(self._activity(time.monotonic()))
             case _:
                 assert_never(command)
 
@@ -312,7 +324,6 @@ class EngineCore:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_waiting_for_adapter=self._scheduler.num_waiting_for_adapter,
-            num_steps=self._num_steps,
             kv_blocks_used=self._blocks.num_used,
             scheduler=replace(self._scheduler.stats),
             num_paused=self._scheduler.num_paused,
@@ -321,8 +332,22 @@ class EngineCore:
             layer_jobs=replace(self._scheduler.layer_jobs),
             adapters_resident=self._residency.num_resident,
             pool_bytes_used=self._residency.pool_bytes_used,
-            adapters=replace(self._residency.stats),
+            steps=self._meter.stats(),
+            loads=self._residency.stats.counts(),
+            hits=self._residency.hits.counts(),
             tiers=self._residency.tiers(),
+        )
+
+    def _activity(self, now_s: float) -> StepThreadActivity:
+        residency, scheduler = self._residency, self._scheduler
+        return StepThreadActivity(
+            slots=pool_slots(residency.pooled_adapters, residency.num_layers),
+            loads=residency.recent_loads.last_minute(now_s),
+            requests=oldest_requests(self._requests.sequences, now_s),
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            generation_tokens_total=scheduler.stats.num_generated_tokens,
+            steps=self._recent_steps.timeline(now_s),
         )
 
     # --- What a step leads to ---------------------------------------------------------------

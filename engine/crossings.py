@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from engine.commands import Command, LoadBroken, LoaderConnected, LoaderLost
+from engine.commands import Command, HostTierUpdated, LoadBroken, LoaderConnected, LoaderLost
 from ipc.chunk_channel import ChunkChannel
 from ipc.errors import SidestreamError
 from ipc.messages import (
@@ -100,6 +100,7 @@ class Crossings:
 
     def host_tier_changed(self, change: HostTierChanged) -> None:
         self._directory.host_tier_changed(change)
+        self._core.submit(HostTierUpdated(tuple(change.added), tuple(change.removed)))
 
     # --- From the step thread -----------------------------------------------------------------
 

@@ -67,6 +67,7 @@ class Displacement:
             return False
         first = self._overdue.first_blocked()
         ended = self._rotation.turns_to_end(first, self._waiting.adapters(), now_s)
+        self._paused.stats.num_rotations += len(ended)
         for adapter_id in ended:
             # They had their chance while the turn lasted; before ``first`` they would keep the
             # slot. They come before those that are paused now when it is their turn again.

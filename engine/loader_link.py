@@ -25,6 +25,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from engine.loader_figures import LoaderFigures
 from ipc import handover
 from ipc.channel import RouterChannel, open_socket
 from ipc.chunk_channel import ChunkChannel
@@ -122,6 +123,7 @@ class LoaderLink:
         self._calls: dict[CallId, asyncio.Future[Inspected | FolderNames]] = {}
         self._next_call = 0
         self.num_stale_messages = 0
+        self.figures = LoaderFigures()
 
     @property
     def connected(self) -> bool:
@@ -282,6 +284,7 @@ class LoaderLink:
                 answer.set_exception(_LoaderLostError())
         if held_the_ring:
             self._ring_busy = True
+            self.figures.lost()
             self._events.loader_lost(self._hear_that_ring_is_free)
 
     def _hear_that_ring_is_free(self) -> None:
@@ -308,12 +311,14 @@ class LoaderLink:
             return
         match message.body:
             case LoaderHello():
-                self._greet(peer, message.body)
+                self._greet(peer, message.loader_epoch, message.body)
             case LoadSent() | LoadFailed():
                 if self._is_from_connected(peer):
+                    self.figures.load_ended(message.body)
                     self._events.load_ended(message.body)
             case HostTierChanged():
                 if self._is_from_connected(peer):
+                    self.figures.host_tier_changed(message.body)
                     self._events.host_tier_changed(message.body)
             case Inspected(call_id) | FolderNames(call_id):
                 answer = self._calls.get(call_id)
@@ -331,17 +336,18 @@ class LoaderLink:
         logger.warning("dropped a message of a loader that is not connected")
         return False
 
-    def _greet(self, peer: bytes, hello: LoaderHello) -> None:
+    def _greet(self, peer: bytes, epoch: Epoch, hello: LoaderHello) -> None:
         if self._state is not LinkState.GRANTED:
             logger.warning("unexpected hello of the loader while %s", self._state.value)
             return
         self._peer = peer
         self._state = LinkState.CONNECTED
+        self.figures.connected(epoch, hello)
         self.send(self._hello)
         self._connected.set()
         logger.info(
-            "loader of epoch %s is connected, host tier of %d bytes",
-            self._epoch,
+            "loader of epoch %d is connected, host tier of %d bytes",
+            epoch,
             hello.host_tier_bytes,
         )
         self._events.loader_connected()

@@ -1,7 +1,7 @@
 """Requests without a terminal answer: their sequences, and what their clients get next."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -30,6 +30,11 @@ class OpenRequests:
         self._deltas: dict[bytes, list[TokenDelta]] = {}
         # Requests without a seed take theirs from here.
         self._seeds = random.Random(seed)
+
+    @property
+    def sequences(self) -> Iterable[Sequence]:
+        """Those of all open requests, in order of arrival."""
+        return self._sequences.values()
 
     def add(self, request: AddRequest) -> None:
         """The request's sequence waits; or the client gets the reason why it does not."""

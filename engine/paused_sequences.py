@@ -20,8 +20,12 @@ from engine.sequence import Sequence, SequenceState
 
 @dataclass(slots=True)
 class RotationStats:
-    """Counters since the start, and the longest pause after which a sequence went on."""
+    """Counters since the start, and the longest pause after which a sequence went on.
 
+    ``num_rotations`` are turns that were ended, each with a pause for all of its sequences.
+    """
+
+    num_rotations: int = 0
     num_pauses: int = 0
     num_dropped_pauses: int = 0
     longest_pause_s: float = 0.0

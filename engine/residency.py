@@ -15,6 +15,7 @@ A slot is given to another adapter only out of ABSENT, so never while a copy int
 import logging
 from collections.abc import Iterable
 
+from engine.activity import RecentLoads
 from engine.adapter_actions import (
     AbandonLoad,
     AdapterAction,
@@ -23,6 +24,7 @@ from engine.adapter_actions import (
     InstallAdapter,
     RemoveAdapter,
 )
+from engine.adapter_hits import HitCounts
 from engine.adapter_layouts import AdapterLayouts
 from engine.adapter_loads import AdapterLoads
 from engine.adapter_slots import AdapterSlots, AdapterState, PooledAdapter
@@ -54,6 +56,8 @@ class AdapterResidency:
         slots: AdapterSlots,
     ) -> None:
         self.stats = ResidencyStats()
+        self.hits = HitCounts()
+        self.recent_loads = RecentLoads()
         self._slots = slots
         self._layouts = AdapterLayouts(base, slots)
         self._num_layers = base.num_layers
@@ -73,6 +77,16 @@ class AdapterResidency:
     @property
     def num_resident(self) -> int:
         return self._slots.num_owners - len(self._loads)
+
+    @property
+    def is_any_loading(self) -> bool:
+        """Whether bytes may be on their way into some slot."""
+        return len(self._loads) > 0
+
+    @property
+    def last_load(self) -> LoadId | None:
+        """The load that began last, which may be over; None before the first."""
+        return self._loads.last
 
     @property
     def loader_is_connected(self) -> bool:
@@ -123,6 +137,11 @@ class AdapterResidency:
         Empty as long as no load has shown how long one takes.
         """
         return self._loads.arrivals(now_s)
+
+    @property
+    def pooled_adapters(self) -> Iterable[PooledAdapter]:
+        """Those that own a slot, whatever is in it."""
+        return self._slots.owners
 
     @property
     def pool_bytes_used(self) -> int:
@@ -188,6 +207,7 @@ class AdapterResidency:
     def add_request(self, adapter_id: AdapterId) -> None:
         """A sequence of the adapter was accepted. Raises ``KeyError`` if it is not registered."""
         self._adapters[adapter_id].num_requests += 1
+        self.hits.asked(adapter_id, self.tier(adapter_id))
         self._hints.forget(adapter_id)
 
     def drop_request(self, adapter_id: AdapterId) -> None:
@@ -232,17 +252,19 @@ class AdapterResidency:
             if num_layers > 0:
                 self._layers_placed(adapter, num_layers)
 
-    def load_placed(self, load_id: LoadId, now_s: float) -> None:
-        """The image's last byte is in the slot. Ignored for a load that was given up."""
+    def load_placed(self, load_id: LoadId, now_s: float, place_s: float = 0.0) -> None:
+        """The image's last byte is in the slot, after copies of ``place_s`` in sum.
+
+        Ignored for a load that was given up.
+        """
         adapter = self._loads.find(load_id)
         if adapter is None:
             return
         self._loads.complete(load_id, now_s)
         self._hints.forget(adapter.adapter_id)
         self._slots.update(adapter)
-        self.stats.num_loads += 1
-        self.stats.loaded_bytes += adapter.layout.num_bytes
-        self.stats.load_seconds += now_s - adapter.load_began_s
+        self.recent_loads.placed(adapter, now_s)
+        self.stats.placed(adapter.layout.num_bytes, now_s - adapter.load_began_s, place_s)
         self._layers_placed(adapter, self._num_layers)
         logger.info("adapter %d is resident", adapter.adapter_id)
 
@@ -270,9 +292,11 @@ class AdapterResidency:
     def loader_lost(self) -> None:
         """Every load in flight is cancelled, and tried again with the next loader."""
         self._loader_is_connected = False
+        self.hits.loader_lost()
         for adapter in self.loads():
             adapter.num_lost_loaders += 1
             if adapter.num_lost_loaders < MAX_LOST_LOADERS:
+                self.stats.num_lost += 1
                 self._abandon(adapter)
                 if adapter.pinned:
                     self._preload[adapter.adapter_id] = adapter
@@ -335,7 +359,7 @@ class AdapterResidency:
         """Gives up a load in flight, and fails the requests that wait for it."""
         adapter.num_lost_loaders = 0
         self._hints.forget(adapter.adapter_id)
-        self.stats.num_load_failures += 1
+        self.stats.num_failed += 1
         self._abandon(adapter)
         self.fail_requests(adapter, error)
 
@@ -375,6 +399,7 @@ class AdapterResidency:
         if not adapter.removed or adapter.num_requests:
             return
         if adapter.state is AdapterState.LOADING:
+            self.stats.num_cancelled += 1
             self._abandon(adapter)
         if adapter.state is AdapterState.CANCELLING:
             return  # ``load_abandoned`` comes back here.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from engine.commands import Snapshot
 from ipc.messages import CallId, EngineStats, Epoch
+from ipc.stats import LoaderStats
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,11 @@ def engine_stats(
     snapshot: Snapshot,
     *,
     loader_connected: bool,
+    loader: LoaderStats,
     num_stale_messages: int,
 ) -> EngineStats:
     """The answer to ``GetStats``."""
-    scheduler, adapters = snapshot.scheduler, snapshot.adapters
+    scheduler = snapshot.scheduler
     return EngineStats(
         call_id=call_id,
         engine_epoch=capacities.engine_epoch,
@@ -37,7 +39,6 @@ def engine_stats(
         prompt_tokens_total=scheduler.num_prompt_tokens,
         cached_prompt_tokens_total=scheduler.num_cached_prompt_tokens,
         generation_tokens_total=scheduler.num_generated_tokens,
-        steps_total=snapshot.num_steps,
         step_waits_total=snapshot.step_waits.num_waits,
         step_wait_seconds_total=snapshot.step_waits.seconds,
         layer_jobs_total=snapshot.layer_jobs.num_jobs,
@@ -47,13 +48,13 @@ def engine_stats(
         pauses_total=snapshot.rotation.num_pauses,
         dropped_pauses_total=snapshot.rotation.num_dropped_pauses,
         longest_pause_s=snapshot.rotation.longest_pause_s,
+        rotations_total=snapshot.rotation.num_rotations,
         pool_bytes_total=capacities.pool_bytes,
         pool_bytes_used=snapshot.pool_bytes_used,
         adapters_resident=snapshot.adapters_resident,
-        adapter_loads_total=adapters.num_loads,
-        adapter_load_failures_total=adapters.num_load_failures,
-        adapter_load_seconds_total=adapters.load_seconds,
-        adapter_bytes_loaded_total=adapters.loaded_bytes,
-        adapter_evictions_total=adapters.num_evictions,
         stale_chunks_total=num_stale_messages,
+        steps=snapshot.steps,
+        loads=snapshot.loads,
+        hits=snapshot.hits,
+        loader=loader,
     )

@@ -20,9 +20,11 @@ from typing import Annotated, Any, NewType
 import msgspec
 from msgspec import Meta
 
+from ipc.activity import StepThreadActivity
 from ipc.base_model import BaseModel
 from ipc.errors import ErrorInfo
 from ipc.image import AdapterModule
+from ipc.stats import AdapterHits, LoaderStats, LoadStats, StepStats
 
 RequestId = NewType("RequestId", str)
 CallId = NewType("CallId", int)
@@ -195,8 +197,21 @@ class GetHealth(Call, frozen=True, tag="get_health"):
     call_id: CallId
 
 
+class GetActivity(Call, frozen=True, tag="get_activity"):
+    """Answered with ``Activity``."""
+
+    call_id: CallId
+
+
 ClientCall = (
-    Connect | LoadAdapter | UnloadAdapter | PrefetchAdapters | ListAdapters | GetStats | GetHealth
+    Connect
+    | LoadAdapter
+    | UnloadAdapter
+    | PrefetchAdapters
+    | ListAdapters
+    | GetStats
+    | GetHealth
+    | GetActivity
 )
 """All that have a ``call_id``, and one answer of their own."""
 
@@ -310,7 +325,6 @@ class EngineStats(msgspec.Struct, frozen=True, tag="engine_stats"):
     prompt_tokens_total: int
     cached_prompt_tokens_total: int
     generation_tokens_total: int
-    steps_total: int
     step_waits_total: int
     step_wait_seconds_total: float
     layer_jobs_total: int
@@ -320,15 +334,15 @@ class EngineStats(msgspec.Struct, frozen=True, tag="engine_stats"):
     pauses_total: int
     dropped_pauses_total: int
     longest_pause_s: float
+    rotations_total: int
     pool_bytes_total: int
     pool_bytes_used: int
     adapters_resident: int
-    adapter_loads_total: int
-    adapter_load_failures_total: int
-    adapter_load_seconds_total: float
-    adapter_bytes_loaded_total: int
-    adapter_evictions_total: int
     stale_chunks_total: int
+    steps: StepStats
+    loads: LoadStats
+    hits: AdapterHits
+    loader: LoaderStats
 
 
 class ServingStatus(Enum):
@@ -345,6 +359,33 @@ class Health(msgspec.Struct, frozen=True, tag="health"):
     status: ServingStatus
     engine_epoch: Epoch
     loader_connected: bool
+
+
+class HostImage(msgspec.Struct, frozen=True):
+    """One adapter in the loader's memory."""
+
+    adapter_id: AdapterId
+    num_bytes: int
+
+
+class Activity(msgspec.Struct, frozen=True, tag="activity"):
+    """What is where, and what the last minute was spent with: for people to look at.
+
+    ``names`` has those of the adapters that are still registered, of all that are mentioned.
+    ``host_images`` are the largest ones, up to a bound, of ``num_host_images``.
+    """
+
+    call_id: CallId
+    engine_epoch: Epoch
+    loader_connected: bool
+    pool_bytes_total: int
+    pool_bytes_used: int
+    host_tier_bytes_total: int
+    host_tier_bytes_used: int
+    host_images: list[HostImage]
+    num_host_images: int
+    names: dict[AdapterId, str]
+    step_thread: StepThreadActivity
 
 
 class CallFailed(msgspec.Struct, frozen=True, tag="call_failed"):
@@ -370,6 +411,7 @@ EngineMessage = (
     | AdapterList
     | EngineStats
     | Health
+    | Activity
     | CallFailed
     | MessageRejected
 )
@@ -515,11 +557,17 @@ class LoaderCallFailed(msgspec.Struct, frozen=True, tag="loader_call_failed"):
 
 
 class LoadTiming(msgspec.Struct, frozen=True):
-    """Where a load's time went, in seconds on the loader's monotonic clock."""
+    """Where a load's bytes came from and its time went, in seconds on the loader's monotonic clock.
+
+    ``queue_s`` is how long it took from the load's arrival until its adapter was being read, or,
+    ``from_host_tier``, until its first chunk was being copied: files are opened and row scales
+    computed meanwhile. ``copy_s`` is the sum of its chunks' copies into the ring, each from its
+    begin, or the end of the chunk before if that was later.
+    """
 
     queue_s: float
-    read_s: float
-    stage_s: float
+    copy_s: float
+    num_bytes: int
     from_host_tier: bool
 
 
@@ -537,12 +585,32 @@ class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
     error: ErrorInfo
 
 
+class ReadTiming(msgspec.Struct, frozen=True, array_like=True):
+    """How long it took to make an image of an adapter's files, of which ``file_bytes`` were read.
+
+    The time from the read's begin until the image was whole and verified, that for which the
+    threads were at more urgent images included, is ``read_s`` and ``dequantize_s`` together. It is
+    divided as the threads' time at this image was, between reading and converting: to dequantize,
+    scale, cast, check and pad.
+    """
+
+    file_bytes: int
+    read_s: float
+    dequantize_s: float
+
+
 class HostTierChanged(msgspec.Struct, frozen=True, tag="host_tier_changed"):
-    """Which images entered and left the host tier since the last such message."""
+    """Which images entered and left the host tier since the last such message.
+
+    ``reads`` are those of the images that entered, also where they have left again;
+    ``num_evictions`` counts those that left to make room for others.
+    """
 
     added: list[AdapterId]
     removed: list[AdapterId]
     used_bytes: int
+    reads: list[ReadTiming] = []
+    num_evictions: int = 0
 
 
 LoaderToEngine = (

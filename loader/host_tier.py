@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.image import ImageLayout
-from ipc.messages import AdapterId, Generation, HostTierChanged
+from ipc.messages import AdapterId, Generation, HostTierChanged, ReadTiming
 from loader.free_list import FreeList
 
 SEGMENT_BYTES = 1 << 30
@@ -44,9 +44,9 @@ class ImageState(Enum):
 class HostImage:
     """One adapter's image in the arena.
 
-    While it is FILLING, the reader's threads set ``num_ready``, ``read_s`` and ``verified``, in
-    this order, and other threads look at them: ``num_ready`` bytes are in place, reading all of
-    them took ``read_s``, and they are of one generation if ``verified``. Everything else belongs
+    While it is FILLING, the reader's threads set ``num_ready``, ``read`` and ``verified``, in this
+    order, and other threads look at them: ``num_ready`` bytes are in place, to have all of them
+    took what ``read`` says, and they are of one generation if ``verified``. Everything else belongs
     to the host tier's thread.
 
     ``stage_addresses`` tells where each stage begins in memory, ``[num_stages]``, 0 for one without
@@ -65,7 +65,7 @@ class HostImage:
         self.layout = layout
         self.extents = extents
         self.num_ready = 0
-        self.read_s = 0.0
+        self.read: ReadTiming | None = None
         self.verified = False
         self.state = ImageState.FILLING
         self.num_users = 0
@@ -150,6 +150,8 @@ class HostTier:
         self._images: OrderedDict[Generation, HostImage] = OrderedDict()
         self._added: set[AdapterId] = set()
         self._removed: set[AdapterId] = set()
+        self._reads: list[ReadTiming] = []
+        self._num_evictions = 0
         if not closed:
             self.open(num_bytes)
 
@@ -212,6 +214,7 @@ class HostTier:
             victim = next(remaining, None)
             if victim is None:
                 return None
+            self._num_evictions += 1
             self._remove(victim)
 
     def complete(self, image: HostImage) -> None:
@@ -222,6 +225,8 @@ class HostTier:
             self._remove(generation)
         image.state = ImageState.WHOLE
         self._images[image.generation] = image
+        if image.read is not None:
+            self._reads.append(image.read)
         self._note(image.generation.counter, self._added, self._removed)
 
     def discard(self, image: HostImage) -> None:
@@ -255,17 +260,22 @@ class HostTier:
         """What came and left since the last call; None if nothing did."""
         if not self._added and not self._removed:
             return None
-        changes = HostTierChanged(sorted(self._added), sorted(self._removed), self.used_bytes)
-        self._added.clear()
-        self._removed.clear()
+        added, removed = sorted(self._added), sorted(self._removed)
+        changes = HostTierChanged(added, removed, self.used_bytes, self._reads, self._num_evictions)
+        self._settle()
         return changes
 
     def describe(self) -> HostTierChanged:
         """All that is there, for one who knows nothing yet; earlier changes are settled by it."""
-        self._added.clear()
-        self._removed.clear()
+        self._settle()
         ids = sorted(generation.counter for generation in self._images)
         return HostTierChanged(ids, [], self.used_bytes)
+
+    def _settle(self) -> None:
+        self._added.clear()
+        self._removed.clear()
+        self._reads = []
+        self._num_evictions = 0
 
     def _of(self, adapter_id: AdapterId) -> list[Generation]:
         return [generation for generation in self._images if generation.counter == adapter_id]

@@ -217,7 +217,8 @@ class Reader:
         try:
             if read.error is None:
                 files.check_unchanged()
-                read.image.read_s = time.monotonic() - read.began_s
+                seconds = time.monotonic() - read.began_s
+                read.image.read = read.blocks.timing(read.adapter.plan.file_bytes, seconds)
                 assert read.first_block_s is not None
                 self._trace.read(
                     files.folder,

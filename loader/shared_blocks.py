@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.errors import AdapterInvalid
+from ipc.messages import ReadTiming
 from loader.adapter_files import AdapterFiles
 from loader.blocks import Block, BlockTable
 from loader.callbacks import Callback
@@ -70,6 +71,12 @@ class SharedBlocks:
             self._kept.append(pairs)
             scalings[number] = (pairs.ctypes.data, *astuple(scales.grid), scales.factor)
         return scalings
+
+    def timing(self, file_bytes: int, seconds: float) -> ReadTiming:
+        """Of a read that took ``seconds`` in all, when no thread is at it any more."""
+        of_threads = int(self._turn[Turn.FILL_NS])
+        share = int(self._turn[Turn.READ_NS]) / of_threads if of_threads else 1.0
+        return ReadTiming(file_bytes, share * seconds, (1.0 - share) * seconds)
 
     def halt(self) -> None:
         """Threads take no further block of these until ``go_on``."""

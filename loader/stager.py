@@ -54,6 +54,7 @@ class Load:
     next_byte: int = 0
     bound_s: float | None = None
     began_s: float | None = None
+    copy_s: float = 0.0
     num_copies: int = 0
     ended: bool = False
 
@@ -109,6 +110,8 @@ class Stager:
         # Begun and not yet announced, oldest first; one more may be just about to begin.
         self._copies: deque[_Copy] = deque()
         self._num_copies = 0
+        # When the last copy was over: they come one after the other over one bus.
+        self._copied_s = 0.0
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._begin_copies, name="stager", daemon=True),
@@ -271,6 +274,9 @@ class Stager:
 
     def _copied(self, copy: _Copy, error: SidestreamError | None) -> None:
         ring, load = copy.ring, copy.load
+        end_s = time.monotonic()
+        load.copy_s += end_s - max(copy.begin_s, self._copied_s)
+        self._copied_s = end_s
         if load.ended or error is not None:
             ring.writer.put_back(copy.chunk)
             self._may_begin.notify()
@@ -288,7 +294,7 @@ class Stager:
             copy.chunk,
             (copy.start, copy.stop),
             copy.begin_s,
-            time.monotonic(),
+            end_s,
         )
         ring.writer.sent(copy.chunk)
         ring.send(ChunkReady(load.load_id, copy.chunk, copy.start, copy.stop - copy.start))
@@ -300,8 +306,8 @@ class Stager:
         assert load.image is not None and load.bound_s is not None and load.began_s is not None
         return LoadTiming(
             queue_s=(load.began_s if load.from_host_tier else load.bound_s) - load.queued_s,
-            read_s=0.0 if load.from_host_tier else load.image.read_s,
-            stage_s=time.monotonic() - load.began_s,
+            copy_s=load.copy_s,
+            num_bytes=load.image.num_bytes,
             from_host_tier=load.from_host_tier,
         )
 

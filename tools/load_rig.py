@@ -12,6 +12,7 @@ from pathlib import Path
 
 from engine.commands import (
     Command,
+    HostTierUpdated,
     LoadAbandoned,
     LoadBroken,
     LoaderConnected,
@@ -63,6 +64,8 @@ class _StepThread:
             case LoaderLost():
                 self.connected.clear()
                 self.lost.set()
+            case HostTierUpdated():
+                pass
             case _:
                 raise AssertionError(command)
 

@@ -148,7 +148,10 @@ class PacedEngine:
                 return AdapterList(call_id, [], [])
             case GetStats(call_id):
                 figures = {field.name: 0 for field in msgspec.structs.fields(EngineStats)}
-                stats = figures | {"call_id": call_id, "loader_connected": True}
+                parts: dict[str, object] = {
+                    part: {} for part in ("steps", "loads", "hits", "loader")
+                }
+                stats = {**figures, **parts, "call_id": call_id, "loader_connected": True}
                 return msgspec.convert(stats, EngineStats)
             case _:
                 error = Unimplemented(f"expected no {type(call).__name__} here")

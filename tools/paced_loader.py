@@ -33,7 +33,7 @@ from ipc.messages import (
 from ipc.process import adopt
 
 _CONNECT_TIMEOUT_S = 30.0
-_NO_TIMING = LoadTiming(queue_s=0.0, read_s=0.0, stage_s=0.0, from_host_tier=True)
+_NO_TIMING = LoadTiming(queue_s=0.0, copy_s=0.0, num_bytes=0, from_host_tier=True)
 
 
 class PacedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -74,6 +74,7 @@ class _Load:
     ``runs`` are pairs of an image offset and an address: bytes before that offset, and not before
     the run before's, go to the address plus their own offset in the image. ``next_run`` is the one
     of ``placement.next_offset``. ``stage_ends`` are image offsets, ``num_stages`` those reported.
+    ``place_s`` is the sum of its copies so far.
     """
 
     placement: Placement
@@ -81,6 +82,7 @@ class _Load:
     stage_ends: list[int]
     next_run: int = 0
     num_stages: int = 0
+    place_s: float = 0.0
 
 
 _Item = _Connect | Placement | _Abandon | _Reclaim | _Stop
@@ -217,11 +219,13 @@ class Placer:
         self._ledger.copying(ready.chunk)
         begin_s = time.monotonic()
         self._copy(load, ready)
-        self._record(ready, begin_s, time.monotonic())
+        end_s = time.monotonic()
+        load.place_s += end_s - begin_s
+        self._record(ready, begin_s, end_s)
         self._give_back(ready.chunk)
         if load.placement.next_offset == load.placement.layout.num_bytes:
             del self._loads[ready.load_id]
-            self._post(LoadPlaced(ready.load_id))
+            self._post(LoadPlaced(ready.load_id, load.place_s))
         elif self._reports_stages:
             self._report_stages(load)
 

@@ -5,6 +5,7 @@ long again: what has to be there when the loader gets ready imports neither this
 """
 
 import logging
+import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
@@ -131,6 +132,14 @@ signal_event: Callable[[int, int], int] = ExternalFunction(
     "eventfd_write", numba.int32(numba.int32, numba.uint64)
 )
 """``(event's descriptor, count)``: wakes whoever reads it; 0, or -1."""
+
+clock_gettime: Callable[[int, int], int] = ExternalFunction(
+    "clock_gettime", numba.int32(numba.int32, INTEGER)
+)
+"""``(clock, address)``: writes ``CLOCK_BYTES``, seconds and nanoseconds, int64 each; 0, or -1."""
+
+CLOCK_BYTES = 16
+CLOCK_MONOTONIC = time.CLOCK_MONOTONIC
 
 error_number: Callable[[], list[int]] = ExternalFunction("__errno_location", Pointer(numba.int32)())
 """``()[0]``: why the calling thread's last call of the system failed."""

@@ -97,14 +97,18 @@ class Fault(IntEnum):
 class Turn(IntEnum):
     """The words that the threads share that fill one image: ``[len(Turn)] int64``.
 
-    | word   | meaning                                            | written by               |
-    |--------|----------------------------------------------------|--------------------------|
-    | `NEXT` | the first block that nobody has taken              | whoever takes one        |
-    | `HALT` | not 0: take no further block                       | Python, under its lock   |
+    | word      | meaning                                          | written by               |
+    |-----------|--------------------------------------------------|--------------------------|
+    | `NEXT`    | the first block that nobody has taken            | whoever takes one        |
+    | `HALT`    | not 0: take no further block                     | Python, under its lock   |
+    | `FILL_NS` | for how long threads filled blocks, in sum       | each behind every block  |
+    | `READ_NS` | for how long of it they were reading files       | each behind every block  |
     """
 
     NEXT = 0
     HALT = 1
+    FILL_NS = 2
+    READ_NS = 3
 
 
 _RUN_FIELDS = (

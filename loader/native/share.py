@@ -19,12 +19,14 @@ from loader.native.compiler import (
     signal_event,
     store,
 )
-from loader.native.fill import fill
+from loader.native.fill import CLOCK_OFFSET, READ_NS_OFFSET, fill, now_ns
 from loader.native.runs import CONVERSION, RUN, SCALING, Fault, Turn
 
 _WORD_BYTES = 8
 _NEXT_OFFSET = Turn.NEXT.value * _WORD_BYTES
 _HALT_OFFSET = Turn.HALT.value * _WORD_BYTES
+_FILL_NS_OFFSET = Turn.FILL_NS.value * _WORD_BYTES
+_READ_NS_OFFSET = Turn.READ_NS.value * _WORD_BYTES
 _INTEGERS = array(np.dtype(np.int64))
 
 
@@ -62,7 +64,11 @@ def fill_blocks(
         first, last = first_runs[block], first_runs[block + 1]
         if before_block != 0 and call(before_block, block, 0, 0) != 0:
             return Fault.RAISED.value, first, 0
+        store(scratch + READ_NS_OFFSET, 0)
+        began_ns = now_ns(scratch + CLOCK_OFFSET)
         fault, index, detail = fill(runs[first:last], conversions, scalings, fds, stages, scratch)
+        fetch_add(turn + _FILL_NS_OFFSET, now_ns(scratch + CLOCK_OFFSET) - began_ns)
+        fetch_add(turn + _READ_NS_OFFSET, load(scratch + READ_NS_OFFSET))
         if fault != 0:
             return fault, first + index, detail
         store(finished + block * _WORD_BYTES, 1)

@@ -9,9 +9,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from ipc.activity import PoolSlot, StepThreadActivity, StepTimeline
 from ipc.channel import RouterChannel, open_socket
 from ipc.errors import AdapterConflict, AdapterNotFound, SidestreamError
 from ipc.messages import (
+    Activity,
     AdapterId,
     AdapterList,
     AdapterStatus,
@@ -27,6 +29,7 @@ from ipc.messages import (
     Epoch,
     FinishReason,
     Generate,
+    GetActivity,
     GetHealth,
     GetStats,
     Health,
@@ -46,6 +49,7 @@ from ipc.messages import (
     Unregistered,
     Welcome,
 )
+from ipc.stats import AdapterHits, LoaderStats, LoadStats, StepStats
 from tools.tiny_model.tokenizer import EOS_ID, VOCAB_SIZE
 
 MAX_MODEL_LEN = 256
@@ -98,6 +102,7 @@ class FakeEngine:
         self.is_deaf = False
         self.before_send: Callable[[RequestId], Awaitable[None]] | None = None
         self.loader_connected = True
+        self.figures: dict[str, Any] = {}
         self._endpoint = endpoint
         self._clients: dict[RequestId, bytes] = {}
         self._task: asyncio.Task[None] | None = None
@@ -188,6 +193,8 @@ class FakeEngine:
                 case GetHealth(call_id):
                     status = ServingStatus.SERVING
                     return Health(call_id, status, Epoch(self.epoch), self.loader_connected)
+                case GetActivity(call_id):
+                    return self._activity(call_id)
                 case _:
                     assert_never(message)
         except SidestreamError as error:
@@ -203,6 +210,35 @@ class FakeEngine:
         self.adapters[call.name] = status
         return status
 
+    def _activity(self, call_id: CallId) -> Activity:
+        slots = [
+            PoolSlot(status.adapter_id, status.image_bytes, False, 1.0, status.pinned, 0)
+            for status in self.adapters.values()
+        ]
+        cells = 600
+        steps = StepTimeline(
+            0.1,
+            [0.05] * cells,
+            [0.01] * cells,
+            [0.0] * cells,
+            [2] * cells,
+            [8] * cells,
+            [0.03] * cells,
+        )
+        return Activity(
+            call_id,
+            Epoch(self.epoch),
+            self.loader_connected,
+            pool_bytes_total=4500,
+            pool_bytes_used=sum(slot.num_bytes for slot in slots),
+            host_tier_bytes_total=9000,
+            host_tier_bytes_used=0,
+            host_images=[],
+            num_host_images=0,
+            names={status.adapter_id: status.name for status in self.adapters.values()},
+            step_thread=StepThreadActivity(slots, [], [], 3, 1, 100, steps),
+        )
+
     def _stats(self, call_id: CallId) -> EngineStats:
         counters = {field.name: 0 for field in msgspec.structs.fields(EngineStats)}
         figures: dict[str, Any] = {
@@ -213,6 +249,9 @@ class FakeEngine:
             "kv_blocks_total": 8,
             "kv_blocks_used": 2,
             "pool_bytes_total": 4500,
-            "adapter_load_seconds_total": 1.5,
+            "steps": StepStats(),
+            "loads": LoadStats(),
+            "hits": AdapterHits(),
+            "loader": LoaderStats(),
         }
-        return EngineStats(**counters | figures)
+        return EngineStats(**counters | figures | self.figures)

@@ -13,11 +13,12 @@ KEYS: dict[str, Any] = {
     "api_key_digests": (key_digest(USER), key_digest(SECOND)),
     "admin_key_digests": (key_digest(ADMIN),),
 }
-OPEN = ["/health", "/ready", "/metrics", "/version", "/openapi.json", "/docs"]
+OPEN = ["/", "/health", "/ready", "/metrics", "/version", "/openapi.json", "/docs"]
 WITH_KEY = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/base"),
     ("GET", "/v1/adapters"),
+    ("GET", "/v1/live"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/tokenize"),

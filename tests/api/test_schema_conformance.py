@@ -64,6 +64,8 @@ PATHS = [
     ("GET", "/metrics"),
     ("GET", "/version"),
     ("GET", "/docs"),
+    ("GET", "/"),
+    ("GET", "/v1/live"),
 ]
 # What has no body has nothing that could be sent wrongly.
 TRIED = [(GenerationMode.POSITIVE, *each) for each in PATHS] + [

@@ -1,14 +1,17 @@
 """Bytes on their way from the ring into slots: every byte of a slot is the new adapter's."""
 
+import itertools
 import random
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.commands import Command, LoadAbandoned, LoadBroken, LoadPlaced, StagesPlaced
+from engine.lora import placer
 from ipc.messages import LoadId
 from tests.engine.placer_rig import (
     CHUNK_BYTES,
@@ -47,6 +50,25 @@ def reporting() -> Iterator[WatchedRig]:
     made.start()
     yield made
     made.close()
+
+
+def test_the_time_of_a_load_is_that_of_all_its_copies(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = layout_of_rank(3, "q_proj", "down_proj")
+    extents, image = extents_from(32_000, layout), image_of(layout, 1)
+    # A clock that goes on by a second each time that the placer looks at it.
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))
+    monkeypatch.setattr(placer, "time", clock)
+    rig.begin(1, layout, extents)
+    rig.loader.send_all(1, image)
+    rig.wait_for(LoadPlaced(LoadId(1)))
+    (placed,) = rig.commands
+    assert isinstance(placed, LoadPlaced)
+    num_chunks = -(-len(image) // CHUNK_BYTES)
+    assert num_chunks > 1
+    assert placed.place_s == num_chunks
 
 
 def test_an_image_lands_in_its_extents_and_nowhere_else(rig: Rig) -> None:

@@ -97,7 +97,8 @@ def test_an_adapter_is_resident_once_its_load_was_placed_and_then_installed() ->
     assert isinstance(install, InstallAdapter)
     assert (install.adapter_id, install.extents) == (A, begin.extents)
     stats = pool.residency.stats
-    assert (stats.num_loads, stats.loaded_bytes, stats.load_seconds) == (1, IMAGE_BYTES, 0.5)
+    assert (stats.load_seconds.num_observations, stats.load_seconds.sum) == (1, 0.5)
+    assert stats.loaded_bytes == IMAGE_BYTES
 
 
 def test_a_slot_is_out_of_the_table_before_a_load_into_it_begins() -> None:
@@ -246,7 +247,7 @@ def test_a_failed_load_fails_its_requests_and_keeps_its_slot_until_the_placer_le
     assert _loads(pool.meet(B)) == []
     pool.residency.load_abandoned(LoadId(1))
     assert _loads(pool.meet(B)) == [B]
-    assert pool.residency.stats.num_load_failures == 1
+    assert pool.residency.stats.num_failed == 1
 
 
 def test_a_load_that_is_placed_after_it_was_given_up_does_not_count() -> None:

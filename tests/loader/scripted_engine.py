@@ -37,6 +37,7 @@ from ipc.messages import (
     LoadId,
     LoadSent,
     Manifest,
+    ReadTiming,
     RingGrant,
     RingKind,
     RingRequest,
@@ -77,6 +78,8 @@ class ScriptedEngine:
         self.base = base
         self.base_files = base_files
         self.resident: set[AdapterId] = set()
+        self.reads: list[ReadTiming] = []
+        self.num_evictions = 0
         self.ring = HostRing.create(num_chunks, chunk_bytes)
         self._kind = ring_kind
         self._context = zmq.asyncio.Context()
@@ -176,6 +179,8 @@ class ScriptedEngine:
             await self.next_change()
 
     def _note(self, change: HostTierChanged) -> None:
+        self.reads += change.reads
+        self.num_evictions += change.num_evictions
         self.resident = (self.resident | set(change.added)) - set(change.removed)
 
     async def call(self, make: Callable[[CallId], EngineToLoader]) -> LoaderToEngine | ChunkReady:

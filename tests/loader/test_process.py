@@ -102,8 +102,9 @@ def test_injected_delay_holds_back_a_read(run_folder: Path, tmp_path: Path) -> N
         async with asyncio.timeout(DEADLINE_S):
             await engine.meet()
             engine.stage(1, await engine.source(1, tmp_path / "adapters/a"))
-            message = (await engine.collect(1))[1].message
-        assert isinstance(message, LoadSent) and message.timing.read_s >= 0.2
+            await engine.collect(1)
+        (read,) = engine.reads
+        assert read.read_s + read.dequantize_s >= 0.2
         engine.close()
 
     with loader(run_folder, adapter_roots=[str(tmp_path)], inject_read_delay_s=0.2):

@@ -1,11 +1,13 @@
 """The stager sends what is ready, in order, and never touches a chunk that is the engine's."""
 
+import itertools
 import os
 import queue
 import random
 import threading
 import time
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +23,7 @@ from ipc.messages import (
     LoadSent,
 )
 from ipc.ring_memory import HostRing
+from loader import stager
 from loader.host_tier import HostImage, HostTier
 from loader.stager import Load, Stager
 
@@ -125,8 +128,29 @@ def test_image_arrives_in_order_and_ends_with_its_timing() -> None:
             bench.stager.released(chunk.chunk)
         assert received == whole(image)
         sent = bench.next()
-        assert isinstance(sent, LoadSent) and sent.timing.stage_s >= 0.0
+        assert isinstance(sent, LoadSent) and sent.timing.copy_s > 0.0
+        assert (sent.timing.num_bytes, sent.timing.from_host_tier) == (640, False)
         assert bench.ended.get(timeout=DEADLINE_S) is load
+
+
+def test_copies_that_overlap_count_for_the_time_in_which_any_was_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A clock that goes on by a second each time that the stager looks at it.
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))
+    monkeypatch.setattr(stager, "time", clock)
+    ring = SlowRing(2)
+    with Bench(ring=ring) as bench:
+        image = bench.image(1, 512)
+        bench.grow(image, 512, verified=True)
+        bench.load(1, image)
+        for chunk in begun(ring, 2):
+            ring.finish(chunk)
+            bench.next_chunk()
+        sent = bench.next()
+    # The copies begin one tick after the other; so do they end.
+    assert isinstance(sent, LoadSent) and sent.timing.copy_s == 3.0
 
 
 def test_chunk_waits_until_its_bytes_are_in_place() -> None:
