@@ -1,14 +1,11 @@
 """What the ``sidestream`` command asks of a running server."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
-from rich.table import Table
 
 from tools.http_client import HttpClient
 
@@ -25,6 +22,23 @@ class ModelList(msgspec.Struct, frozen=True):
     data: list[ListedModel]
 
 
+class ListedAdapter(msgspec.Struct, frozen=True):
+    """One entry of ``/v1/adapters``; ``rank`` and ``bytes`` are None until it was looked at."""
+
+    id: str
+    path: str
+    rank: int | None
+    bytes: int | None
+    residency: str
+    pinned: bool
+    num_requests_running: int
+    num_requests_waiting: int
+
+
+class AdapterList(msgspec.Struct, frozen=True):
+    data: list[ListedAdapter]
+
+
 class PrefetchedAdapter(msgspec.Struct, frozen=True):
     """One entry of the answer to a prefetch."""
 
@@ -36,14 +50,37 @@ class PrefetchedList(msgspec.Struct, frozen=True):
     data: list[PrefetchedAdapter]
 
 
+class Message(msgspec.Struct, frozen=True):
+    """One message of a chat; ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How a prompt is continued; the likeliest tokens by default, so that it can be repeated."""
+    """How a prompt is continued; the likeliest tokens by default, so that it can be repeated.
+
+    What is None is left to the server.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    stop: tuple[str, ...] = ()
     seed: int | None = None
-    chat: bool = False
+
+    def fields(self) -> dict[str, Any]:
+        """Of a request's body, streaming."""
+        chosen = {"top_p": self.top_p, "top_k": self.top_k, "seed": self.seed}
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "stream": True,
+            **{name: value for name, value in chosen.items() if value is not None},
+            **({"stop": list(self.stop)} if self.stop else {}),
+        }
 
 
 def list_models(client: HttpClient) -> list[ListedModel]:
@@ -51,23 +88,19 @@ def list_models(client: HttpClient) -> list[ListedModel]:
     return msgspec.json.decode(client.get("/v1/models"), type=ModelList).data
 
 
-def list_adapters(client: HttpClient, console: Console) -> None:
-    """Prints a table of the server's adapters. An adapter of a folder may never have been used."""
-    loaded = _loaded_adapters(client)
-    table = Table("adapter", "lies in", "rank", "pinned", box=None, pad_edge=False)
-    table.add_column("path", overflow="fold")
-    for model in list_models(client):
-        if model.parent is not None:
-            labels = loaded.get(model.id, {})
-            pinned = "yes" if labels.get("pinned") == "true" else ""
-            level = labels.get("level", "disk")
-            table.add_row(model.id, level, labels.get("rank", ""), pinned, model.root)
-    console.print(table)
+def base_model(client: HttpClient) -> str:
+    """What requests call the base model."""
+    return list_models(client)[0].id
 
 
-def load_adapter(client: HttpClient, name: str, path: Path, pinned: bool, replace: bool) -> None:
-    """Registers the adapter in the server's folder ``path``, or puts it in another's place."""
-    body = {"lora_name": name, "lora_path": str(path), "load_inplace": replace, "pinned": pinned}
+def list_adapters(client: HttpClient) -> list[ListedAdapter]:
+    """Every adapter. One of a folder may never have been used."""
+    return msgspec.json.decode(client.get("/v1/adapters"), type=AdapterList).data
+
+
+def load_adapter(client: HttpClient, name: str, path: str, pinned: bool, replace: bool) -> None:
+    """Registers the adapter at ``path``, which the server reads, or puts it in another's place."""
+    body = {"lora_name": name, "lora_path": path, "load_inplace": replace, "pinned": pinned}
     client.post("/v1/load_lora_adapter", body)
 
 
@@ -76,54 +109,62 @@ def unload_adapter(client: HttpClient, name: str) -> None:
     client.post("/v1/unload_lora_adapter", {"lora_name": name})
 
 
-def prefetch_adapters(client: HttpClient, names: list[str]) -> dict[str, str]:
+def prefetch_adapters(client: HttpClient, names: list[str]) -> list[PrefetchedAdapter]:
     """Tells the server that these are likely to be asked for; where each of them lies now."""
     answer = client.post("/v1/prefetch_lora_adapters", {"lora_names": names})
-    adapters = msgspec.json.decode(answer, type=PrefetchedList).data
-    return {adapter.lora_name: adapter.residency for adapter in adapters}
+    return msgspec.json.decode(answer, type=PrefetchedList).data
 
 
 def generate(
-    client: HttpClient, model: str | None, prompt: str, options: GenerateOptions
+    client: HttpClient, model: str | None, prompt: str, options: GenerateOptions, *, chat: bool
 ) -> Iterator[str]:
     """The text that follows ``prompt``, in the pieces in which it comes. None: the base model."""
-    body: dict[str, Any] = {
-        "model": model if model is not None else list_models(client)[0].id,
-        "max_tokens": options.max_tokens,
-        "temperature": options.temperature,
-        "stream": True,
-    }
-    if options.seed is not None:
-        body["seed"] = options.seed
-    if options.chat:
-        body["messages"] = [{"role": "user", "content": prompt}]
-        events = client.stream("/v1/chat/completions", body)
-    else:
-        events = client.stream("/v1/completions", body | {"prompt": prompt})
-    for event in events:
+    asked = model if model is not None else base_model(client)
+    if chat:
+        yield from answer(client, asked, [Message("user", prompt)], options)
+        return
+    body = {"model": asked, "prompt": prompt, **options.fields()}
+    for event in client.stream("/v1/completions", body):
         for choice in event["choices"]:
-            text = choice["delta"].get("content") if options.chat else choice["text"]
-            if text:
+            if choice["text"]:
+                yield choice["text"]
+
+
+def answer(
+    client: HttpClient, model: str, messages: Sequence[Message], options: GenerateOptions
+) -> Iterator[str]:
+    """The assistant's next message of a chat, in the pieces in which it comes."""
+    body = {"model": model, "messages": list(messages), **options.fields()}
+    for event in client.stream("/v1/chat/completions", body):
+        for choice in event["choices"]:
+            if text := choice["delta"].get("content"):
                 yield text
 
 
-def counter(client: HttpClient, name: str) -> int:
-    """The sum of all samples called ``name`` in the server's metrics."""
-    samples = _samples(client.get("/metrics").decode())
-    return int(sum(value for sample, _, value in samples if sample == name))
+def read_figures(client: HttpClient) -> "Figures":
+    """The server's metrics of this moment."""
+    return Figures(client.get("/metrics").decode())
 
 
-def _loaded_adapters(client: HttpClient) -> dict[str, dict[str, str]]:
-    """Labels of the adapters that lie in memory, by name."""
-    samples = _samples(client.get("/metrics").decode())
-    return {
-        labels["adapter_name"]: labels
-        for name, labels, _ in samples
-        if name == "vllm:lora_adapter_loaded"
-    }
+class Figures:
+    """What an exposition in Prometheus' text format says."""
 
+    def __init__(self, exposition: str) -> None:
+        self._samples = [
+            sample
+            for family in text_string_to_metric_families(exposition)
+            for sample in family.samples
+        ]
 
-def _samples(exposition: str) -> Iterator[tuple[str, dict[str, str], float]]:
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            yield sample.name, sample.labels, sample.value
+    def total(self, name: str, **labels: str) -> float | None:
+        """The sum of the samples of this name that have these labels; None: there are none."""
+        values = [
+            sample.value
+            for sample in self._samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        return sum(values) if values else None
+
+    def count(self, name: str, **labels: str) -> int:
+        """As ``total``, in whole numbers, and 0 where there are none."""
+        return int(self.total(name, **labels) or 0)

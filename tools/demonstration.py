@@ -22,7 +22,7 @@ from api.config import ApiConfig
 from ipc.errors import SidestreamError, Unavailable
 from ipc.image import padded_rank
 from tools.cli import make_parser
-from tools.client_commands import counter
+from tools.client_commands import read_figures
 from tools.http_client import HttpClient
 from tools.options.keys import client_key
 from tools.serve import ReadyServer, plan_server, reserve_port, serve
@@ -85,8 +85,9 @@ class Demonstration:
         )
 
     def _summarize(self, client: HttpClient) -> None:
-        loads = counter(client, "sidestream:adapter_loads_total")
-        evictions = counter(client, "sidestream:adapter_evictions_total")
+        figures = read_figures(client)
+        loads = figures.count("sidestream:adapter_loads_total")
+        evictions = figures.count("sidestream:adapter_evictions_total")
         self._console.print(
             f"\nRoom for {NUM_RESIDENT} of {len(self._model.adapters)} adapters:"
             f" {loads} loads, {evictions} evictions."

@@ -45,6 +45,11 @@ class HttpClient:
         with self._exchange("GET", path, None) as response:
             return response.read()
 
+    def probe(self, path: str) -> tuple[int, bytes]:
+        """Status and body, whatever the status. Raises ``Unavailable`` where nothing answers."""
+        with self._respond("GET", path, None) as response:
+            return response.status, response.read()
+
     def post(self, path: str, body: dict[str, Any]) -> bytes:
         """As ``get``, with ``body`` as JSON."""
         with self._exchange("POST", path, body) as response:
@@ -69,15 +74,21 @@ class HttpClient:
     def _exchange(
         self, method: str, path: str, body: dict[str, Any] | None
     ) -> Iterator[http.client.HTTPResponse]:
+        with self._respond(method, path, body) as response:
+            if response.status >= 400:
+                raise _error(response.status, response.read())
+            yield response
+
+    @contextlib.contextmanager
+    def _respond(
+        self, method: str, path: str, body: dict[str, Any] | None
+    ) -> Iterator[http.client.HTTPResponse]:
         connection = self._new_connection(self._host, self._port, timeout=self._timeout_s)
         headers = self._headers | ({"content-type": "application/json"} if body else {})
         try:
             content = msgspec.json.encode(body) if body is not None else None
             connection.request(method, self._prefix + path, content, headers)
-            response = connection.getresponse()
-            if response.status >= 400:
-                raise _error(response.status, response.read())
-            yield response
+            yield connection.getresponse()
         except TimeoutError:
             raise Unavailable(f"{self.url} gave no answer in {self._timeout_s:g} s") from None
         except (OSError, http.client.HTTPException) as error:

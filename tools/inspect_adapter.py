@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -81,6 +82,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         help="What the model computes in (default: the model's own dtype, without a model"
         f" {DEFAULT_DTYPE.value}).",
     )
+    parser.add_argument("--json", action="store_true", help="Print one JSON document instead.")
     for option in (_MAX_LORA_RANK, _HOST_TIER_MEMORY, _ROW_SCALE_CACHE):
         parser.add_argument(option.flag, **option.argparse_keywords)
 
@@ -116,8 +118,27 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
     if adapter.plan.copies:
         further["copies"] = _copies(inspector, manifest, arguments.model)
     facts = Facts(arguments.model, encodings(adapter.plan), further)
-    print_manifest(manifest, base, facts, console)
+    if arguments.json:
+        print(_as_json(manifest, base, facts))
+    else:
+        print_manifest(manifest, base, facts, console)
     return 0
+
+
+def _as_json(manifest: Manifest, base: BaseModel, facts: Facts) -> str:
+    """What ``print_manifest`` prints, as one document; sizes in bytes."""
+    document = {
+        "path": manifest.path,
+        "format": manifest.format,
+        "written": facts.written,
+        "num_layers": base.num_layers,
+        "dtype": base.dtype.value,
+        "file_bytes": manifest.file_bytes,
+        "pool_bytes": manifest.image_bytes,
+        "modules": module_rows(manifest, base),
+        "further": facts.further,
+    }
+    return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
 
 
 def _row_scales(

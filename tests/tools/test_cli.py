@@ -4,70 +4,22 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
 
 import msgspec
 import pytest
 
+from tests.tools.fake_server import ADAPTERS, MODELS, FakeServer, chat_events, serving
 from tools.cli import main, make_parser
 from tools.options.table import OPTIONS
 from tools.serve import reserve_port
 
 
-class Recorded(BaseHTTPRequestHandler):
-    """Answers with what the test has prepared for a path, and remembers what it was asked."""
-
-    server: "FakeServer"
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        self.server.asked.append((self.path, msgspec.json.decode(body)))
-        self._answer()
-
-    def _answer(self) -> None:
-        status, body = self.server.answers[self.path]
-        self.send_response(status)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
-
-
-class FakeServer(ThreadingHTTPServer):
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Recorded)
-        self.answers: dict[str, tuple[int, str]] = {}
-        self.asked: list[tuple[str, Any]] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    with FakeServer() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with serving() as server:
         yield server
-        server.shutdown()
-        thread.join()
-
-
-MODELS = """{"object": "list", "data": [
-    {"id": "tiny", "root": "/tiny", "parent": null},
-    {"id": "shout", "root": "/shout", "parent": "tiny"},
-    {"id": "quiet", "root": "quiet", "parent": "tiny"}
-]}"""
-METRICS = (
-    "# TYPE vllm:lora_adapter_loaded gauge\n"
-    'vllm:lora_adapter_loaded{adapter_name="shout",level="gpu",pinned="true",rank="16"} 1.0\n'
-)
 
 
 def test_help_explains_every_option() -> None:
@@ -110,6 +62,16 @@ def test_help_goes_from_where_the_server_listens_to_how_its_processes_are_watche
         (["serve", "m", "--block-size", "0"], "argument --block-size: expected a whole number"),
         (["serve", "m", "--device", "tpu"], "argument --device: expected one of auto|cpu|cuda"),
         (["serve", "m", "--max-adapter"], "unrecognized arguments: --max-adapter"),
+        (["serv", "m"], "argument COMMAND: expected one of serve, status,"),
+        (["adapters", "lod"], "argument ACTION: expected one of list, load, unload, prefetch,"),
+        (["serve", "m", "--prot", "1"], "unrecognized arguments: --prot 1; did you mean --port?"),
+        (["status", "--watch", "0"], "argument --watch: expected a number of seconds above 0"),
+        (["status", "--watch", "--json"], "--json: expected it without --watch"),
+        (["completion", "csh"], "argument SHELL: expected one of bash, zsh, fish, got 'csh'"),
+        (["help", "adapters", "lod"], "sidestream adapters has no command 'lod'; did you mean"),
+        (["bench", "nothing"], "WORKLOAD: expected one of"),
+        (["generate", "x", "--top-p", "2"], "argument --top-p: expected a number of (0, 1]"),
+        (["keys"], "the following arguments are required: ACTION"),
         (["adapters", "prefetch"], "the following arguments are required: NAME"),
         (["adapters", "load", "x"], "argument NAME=PATH: expected NAME=PATH, got 'x'"),
     ],
@@ -128,20 +90,105 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     assert output.err.count("\n") == 1
 
 
-def test_no_server_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+ASKING_A_SERVER = [
+    ["status"],
+    ["adapters", "list"],
+    ["adapters", "load", "x=/x"],
+    ["adapters", "unload", "x"],
+    ["adapters", "prefetch", "x"],
+    ["generate", "x"],
+    ["chat"],
+]
+
+
+@pytest.mark.parametrize("command", ASKING_A_SERVER, ids=" ".join)
+def test_no_server_is_one_line_and_status_1(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with reserve_port("127.0.0.1", 0) as port:
         url = f"http://127.0.0.1:{port}"
-        assert main(["adapters", "list", "--url", url]) == 1
+        assert main([*command, "--url", url]) == 1
     assert capsys.readouterr().err == f"sidestream: no answer from {url}: Connection refused\n"
+
+
+@pytest.mark.parametrize("command", ASKING_A_SERVER, ids=" ".join)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--url", "ftp://x"], "expected a URL such as http://127.0.0.1:8000, got 'ftp://x'"),
+        (["--api-key", "a b"], "--api-key: expected a key of printing ASCII characters"),
+    ],
+)
+def test_what_no_server_could_be_asked_with_is_one_line(
+    command: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"sidestream: {message}")
+    assert error.count("\n") == 1
+
+
+def test_files_that_are_not_there_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "missing")
+    for command in (["timeline", missing], ["adapters", "inspect", missing]):
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("sidestream: ") and "missing" in error
+        assert error.count("\n") == 1
+
+
+def test_a_server_of_others_is_one_line(
+    server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers = {"/version": (200, "<html>"), "/v1/models": (200, "[]")}
+    for command in (["status"], ["chat"], ["generate", "x"]):
+        assert main([*command, "--url", server.url]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("sidestream: this is no server of ours: ")
+        assert error.count("\n") == 1
+
+
+def test_the_key_of_the_option_goes_before_those_of_the_environment(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIDESTREAM_API_KEY", "of-environment")
+    server.answers = {"/v1/adapters": (200, ADAPTERS)}
+    for options in ([], ["--api-key", "given"]):
+        assert main(["adapters", "list", "--url", server.url, *options]) == 0
+    assert server.keys == ["Bearer of-environment", "Bearer given"]
+
+
+def test_help_of_a_command_is_that_of_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "adapters", "load"]) == 0
+    by_word = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["adapters", "load", "--help"])
+    assert capsys.readouterr().out == by_word
+
+
+def test_new_keys_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "engine"
+    assert main(["keys", "new", str(path)]) == 0
+    assert capsys.readouterr().out == f"public: {path}.key\nsecret: {path}.key_secret\n"
+    assert path.with_suffix(".key_secret").stat().st_mode & 0o777 == 0o600
+    assert main(["keys", "new", str(path)]) == 1
+    assert "a key is never overwritten" in capsys.readouterr().err
 
 
 def test_adapters_are_listed_with_the_tier_that_they_lie_in(
     server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.answers = {"/v1/models": (200, MODELS), "/metrics": (200, METRICS)}
+    server.answers = {"/v1/adapters": (200, ADAPTERS)}
     assert main(["adapters", "list", "--url", server.url]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[1:] == [["shout", "gpu", "16", "yes", "/shout"], ["quiet", "disk", "quiet"]]
+    assert rows[1:] == [
+        ["shout", "gpu", "16", "83.9", "MB", "2", "1", "yes", "/shout"],
+        ["quiet", "disk", "-", "-", "0", "0", "no", "quiet"],
+    ]
+    assert main(["adapters", "list", "--json", "--url", server.url]) == 0
+    assert msgspec.json.decode(capsys.readouterr().out)[1]["residency"] == "disk"
 
 
 def test_loading_sends_an_absolute_path_and_what_was_asked_for(server: FakeServer) -> None:
@@ -155,6 +202,12 @@ def test_loading_sends_an_absolute_path_and_what_was_asked_for(server: FakeServe
         "pinned": True,
     }
     assert server.asked == [("/v1/load_lora_adapter", body)]
+
+
+def test_an_address_on_another_machine_is_sent_as_it_is(server: FakeServer) -> None:
+    server.answers = {"/v1/load_lora_adapter": (200, "Success")}
+    assert main(["adapters", "load", "a=hf://owner/name", "--url", server.url]) == 0
+    assert server.asked[0][1]["lora_path"] == "hf://owner/name"
 
 
 def test_prefetching_says_where_each_adapter_lies(
@@ -200,12 +253,19 @@ def test_generated_text_is_printed_as_it_comes(
 def test_a_chat_is_asked_at_the_chat_endpoint(
     server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    events = 'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\ndata: [DONE]\n\n'
-    server.answers = {"/v1/chat/completions": (200, events)}
-    command = ["generate", "Hello", "--chat", "--model", "shout", "--seed", "1"]
+    server.answers = {"/v1/chat/completions": (200, chat_events("H", "i"))}
+    command = ["generate", "Hello", "--chat", "--model", "shout", "--seed", "1", "--stop", "."]
     assert main([*command, "--url", server.url]) == 0
     assert capsys.readouterr().out == "Hi\n"
-    assert server.asked[0][1]["messages"] == [{"role": "user", "content": "Hello"}]
+    assert server.asked[0][1] == {
+        "model": "shout",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 256,
+        "temperature": 0,
+        "stream": True,
+        "seed": 1,
+        "stop": ["."],
+    }
 
 
 @pytest.mark.parametrize(

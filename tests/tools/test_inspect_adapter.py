@@ -4,6 +4,7 @@ import json
 import threading
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
@@ -97,6 +98,20 @@ def test_the_table_fits_the_terminal_and_keeps_every_value(
         ["v_proj", "1,", "4", "3", "5.33333", "6.1", "KB"],
         ["down_proj", "0-5", "8", "0.5", "30.7", "KB"],
     ]
+
+
+def test_programs_get_the_same_facts_as_json(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, output, error = inspect(capsys, adapter, "--json")
+    assert (status, error) == (0, "")
+    document = msgspec.json.decode(output)
+    manifest = manifest_of(adapter)
+    assert (document["path"], document["file_bytes"]) == (str(adapter), manifest.file_bytes)
+    assert [row["module"] for row in document["modules"]] == [
+        *("q_proj", "v_proj", "v_proj", "down_proj")
+    ]
+    assert document["modules"][2]["layers"] == [1, 4]
 
 
 def test_facts_of_the_whole_adapter_are_told(

@@ -17,8 +17,9 @@ from tools.bench.summary import Limits
 from tools.bench.values import parse_rank_counts
 from tools.bench.warm_up import WarmUp
 from tools.bench.workload import Workload
+from tools.options.serving import add_serve_arguments
 from tools.options.table import OPTIONS
-from tools.serve import add_serve_arguments, plan_server
+from tools.serve import plan_server
 
 
 @dataclass(frozen=True)

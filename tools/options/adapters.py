@@ -1,7 +1,7 @@
 """Where adapters have their memory, and how they come into it."""
 
 from engine.config import AdapterLoading, EngineConfig, LoadFormat
-from loader.config import LoaderConfig
+from loader.config import MAX_READ_THREADS, LoaderConfig
 from tools.options.option import Option
 from tools.values import choices, parse_choice, parse_count, parse_path, parse_seconds, parse_size
 
@@ -104,7 +104,8 @@ ADAPTERS: tuple[Option, ...] = (
         "num_read_threads",
         parse_count,
         "COUNT",
-        "Threads that read adapter files.",
+        "Threads that read adapter files (default: one for each core, but at least 2 and at most"
+        f" {MAX_READ_THREADS}).",
     ),
     Option(
         "--read-block-size",

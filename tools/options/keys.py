@@ -50,12 +50,16 @@ def admin_key_digests(
     return _digests("--admin-key", arguments.admin_key, ADMIN_KEY_VARIABLE, environment)
 
 
-def client_key(environment: Mapping[str, str]) -> str | None:
-    """The key that a client of this machine sends: an admin key opens everything.
+def client_key(environment: Mapping[str, str], given: str | None = None) -> str | None:
+    """The key that a client sends: ``given``, else the environment's, where an admin key goes
+    first, as it opens everything.
 
     Raises:
-        InvalidRequest: what the environment has is no key.
+        InvalidRequest: what was given, or what the environment has, is no key.
     """
+    if given is not None:
+        _check_key(given, "--api-key")
+        return given
     for variable in (ADMIN_KEY_VARIABLE, API_KEY_VARIABLE):
         for key in environment.get(variable, "").split():
             _check_key(key, variable)

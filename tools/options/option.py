@@ -49,7 +49,9 @@ class Option:
         if self.parse is None:
             action = "store_false" if self.default else "store_true"
             return {**keywords, "action": action, "help": self.help}
-        default = _describe(self.default, self.parse is parse_size)
+        # What depends on the machine is described by the help itself, the same on every one.
+        is_described = "(default: " in self.help
+        default = "" if is_described else _describe(self.default, self.parse is parse_size)
         return {
             **keywords,
             "type": self.parse,
