@@ -2,9 +2,11 @@
 
 import msgspec
 
+from ipc.channel import UNREADABLE
 from ipc.errors import InvalidRequest, SidestreamError, Unimplemented
 from ipc.messages import (
     MAX_CLIENT_MESSAGE_BYTES,
+    MAX_REQUEST_ID_CHARS,
     CallFailed,
     CallId,
     ClientCall,
@@ -45,9 +47,14 @@ def answer_to_malformed(frames: list[bytes], reason: str) -> EngineMessage:
     """
     address = _address(frames)
     error = _error(address, reason)
-    if address.type == _GENERATE_TAG and isinstance(address.request_id, str):
-        delta = TokenDelta(RequestId(address.request_id), error=error.info)
-        return StepOutputs([delta])
+    request_id = address.request_id
+    if address.type == _GENERATE_TAG and isinstance(request_id, str):
+        # A longer one would be no stream's.
+        if 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
+            return StepOutputs([TokenDelta(RequestId(request_id), error=error.info)])
+        return MessageRejected(error.info)
+    if not isinstance(address.type, str):
+        return MessageRejected(error.info)
     is_call = address.type in _CALL_TAGS or address.type not in _TAGS
     if is_call and type(address.call_id) is int:
         return CallFailed(CallId(address.call_id), error.info)
@@ -59,7 +66,7 @@ def _address(frames: list[bytes]) -> _Address:
     if len(frames) == 1 and len(frames[0]) <= MAX_CLIENT_MESSAGE_BYTES:
         try:
             return _ADDRESS.decode(frames[0])
-        except msgspec.DecodeError:
+        except UNREADABLE:
             pass
     return _Address()
 

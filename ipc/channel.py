@@ -77,11 +77,16 @@ class Channel(Generic[Sent, Received]):
             payload = await self._socket.recv()
             try:
                 return self._decoder.decode(payload)
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 logger.warning("dropped a malformed message of %d bytes: %s", len(payload), error)
 
     def close(self) -> None:
         self._socket.close()
+
+
+# What bytes that are no message make msgspec raise: also for text that is no UTF-8, and for values
+# nested without end.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def oversized(num_bytes: int) -> InvalidRequest:
@@ -130,7 +135,7 @@ class RouterChannel(Generic[Sent, Received]):
                 if len(frames[0]) > MAX_CLIENT_MESSAGE_BYTES:
                     raise msgspec.DecodeError(str(oversized(len(frames[0]))))
                 return peer, self._decoder.decode(frames[0])
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 logger.warning("dropped a malformed message of peer %s: %s", peer.hex(), error)
                 if self._on_malformed is not None:
                     self._on_malformed(peer, frames, str(error))

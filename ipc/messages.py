@@ -42,6 +42,7 @@ PROTOCOL_VERSION = 1
 MAX_CLIENT_MESSAGE_BYTES = 16 << 20
 """What a client may send at once: room for a prompt of three million tokens."""
 
+MAX_REQUEST_ID_CHARS = 256
 MAX_SILENT_HEARTBEATS = 4
 """Intervals in a row without any message after which the other side counts as lost."""
 
@@ -130,7 +131,7 @@ class Generate(Call, frozen=True, tag="generate"):
     held back and joined into one; None lets every delta come at once.
     """
 
-    request_id: Annotated[RequestId, Meta(min_length=1, max_length=256)]
+    request_id: Annotated[RequestId, Meta(min_length=1, max_length=MAX_REQUEST_ID_CHARS)]
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter: str | None = None

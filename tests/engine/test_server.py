@@ -250,7 +250,18 @@ async def test_a_client_that_is_gone_is_dropped(rig: RpcRig) -> None:
 @with_rig()
 async def test_bytes_that_are_no_message_are_rejected_and_the_next_is_heard(rig: RpcRig) -> None:
     client = rig.client()
-    for frames in ([b"\xc1"], [b""], [b"two", b"frames"], [msgspec.msgpack.encode([1])]):
+    nested = b"\x91" * 100_000 + b"\xc0"
+    for frames in (
+        [b"\xc1"],
+        [b""],
+        [b"two", b"frames"],
+        [msgspec.msgpack.encode([1])],
+        [msgspec.msgpack.encode({"type": ["generate"]})],
+        [b"\x81\xa4type\xa2\xff\xfe"],
+        [b"\x82\xa4type\xa6cancel\xaarequest_id\xa2\xff\xfe"],
+        [nested],
+        [b"\x82\xa1x" + nested + b"\xa4type\xa4ping"],
+    ):
         await client.say_raw(*frames)
         answer = await client.hear()
         assert (answer["type"], code(answer)) == ("message_rejected", "INVALID_ARGUMENT")

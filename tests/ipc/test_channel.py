@@ -61,7 +61,8 @@ def test_a_malformed_message_is_dropped_and_the_next_one_is_heard(
 ) -> None:
     async def body(pair: Pair, raw: zmq.asyncio.Socket) -> None:
         client, server = pair
-        await raw.send(b"\xc1")
+        for payload in (b"\xc1", b"\x81\xa4type\xa2\xff\xfe", b"\x81\xa1x" + b"\x91" * 100_000):
+            await raw.send(payload)
         await raw.send_multipart([b"two", b"frames"])
         client.send(Cancel(RequestId("r")))
         assert await server.receive() == (b"client", Cancel(RequestId("r")))
@@ -69,7 +70,7 @@ def test_a_malformed_message_is_dropped_and_the_next_one_is_heard(
     with_pair(tmp_path, body)
     assert [record.message.split(":")[0] for record in caplog.records] == [
         "dropped a malformed message of peer 636c69656e74"
-    ] * 2
+    ] * 4
 
 
 def test_sending_to_a_peer_that_is_gone_says_so(tmp_path: Path) -> None:
