@@ -1,11 +1,13 @@
 """``/v1/completions``: text or token ids in, their continuation out."""
 
+from functools import partial
 from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.api_keys import Access
+from api.best_of import best_choices
 from api.completion_answers import CompletionWriter
 from api.endpoints import ENGINE_ERRORS, Answer, Endpoint
 from api.openai_requests import CompletionRequest
@@ -66,14 +68,19 @@ class CompletionRoutes:
                 _repeat(prompts, call.num_choices) if self._returns_token_ids(call) else None
             ),
         )
-        return await requests.answer(request, call, generation, writer, prompt_param="prompt")
+        choose = partial(
+            best_choices, num_candidates=call.num_candidates, num_choices=call.num_choices
+        )
+        return await requests.answer(
+            request, call, generation, writer, prompt_param="prompt", choose=choose
+        )
 
     async def _encode(self, call: CompletionRequest) -> list[list[int]]:
         prompts, limit = call.prompts(), self._requests.config.max_choices_per_request
-        if len(prompts) * call.num_choices > limit:
+        if len(prompts) * call.num_candidates > limit:
             raise InvalidRequest(
                 f"prompt: expected at most {limit} choices in all, got {len(prompts)} prompts"
-                f" of {call.num_choices}",
+                f" of {call.num_candidates}",
                 param="prompt",
             )
         return [

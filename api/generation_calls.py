@@ -27,6 +27,9 @@ def text_generation(
 ) -> TextGeneration:
     """All that ``call`` asks of the engine for ``prompts``, with one adapter a prompt; nothing is
     sent yet. ``name`` begins the requests' ids."""
+    if logprobs is None and call.num_candidates > call.num_choices:
+        # The best ones are to be found.
+        logprobs = 0
     return TextGeneration(
         engine=engine,
         tokenizer=tokenizer,
@@ -39,7 +42,7 @@ def text_generation(
                     call.sampling_params(max_tokens=max_tokens, logprobs=logprobs, choice=choice),
                     adapter,
                 )
-                for choice in range(call.num_choices)
+                for choice in range(call.num_candidates)
             ]
             for prompt, adapter in zip(prompts, adapters, strict=True)
         ],

@@ -123,6 +123,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.n or 1
 
     @property
+    def num_candidates(self) -> int:
+        """How many the engine makes of each prompt, of which ``num_choices`` are answered."""
+        return self.num_choices
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
@@ -153,9 +158,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     def check_options(self, max_choices: int, max_stops: int, max_stop_chars: int) -> None:
         """Raises ``InvalidRequest`` for what the fields' types alone can not tell."""
-        if self.num_choices > max_choices:
+        if self.num_candidates > max_choices:
+            param = "n" if self.num_choices > max_choices else "best_of"
             raise InvalidRequest(
-                f"n: expected at most {max_choices}, got {self.num_choices}", param="n"
+                f"{param}: expected at most {max_choices}, got {self.num_candidates}", param=param
             )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
@@ -192,7 +198,13 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     echo: Annotated[
         bool | None, Meta(description="Begins the answer with the prompt; not with `logprobs`.")
     ] = None
-    best_of: Annotated[int | None, Meta(description="Nothing but the value of `n`.")] = None
+    best_of: Annotated[
+        AtLeastOne | None,
+        Meta(
+            description="How many to make of each prompt; the likeliest `n` by logprob per token"
+            " are answered. Not streamed (`n`)."
+        ),
+    ] = None
     add_special_tokens: Annotated[
         bool | None, Meta(description="Begins texts as the tokenizer does, with its BOS (true).")
     ] = None
@@ -200,6 +212,10 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
         str | list[str | None] | None,
         Meta(description="SGLang's name for the adapter, or one for each prompt; null: the base."),
     ] = None
+
+    @property
+    def num_candidates(self) -> int:
+        return self.best_of or self.num_choices
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt. Raises ``InvalidRequest`` when kinds of prompt are mixed."""
@@ -220,9 +236,16 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
 
     def check_supported(self) -> None:
         """Raises ``InvalidRequest`` for combinations that are not served."""
-        if self.best_of is not None and self.best_of != self.num_choices:
+        if self.num_candidates < self.num_choices:
             raise InvalidRequest(
-                f"best_of: expected n ({self.num_choices}), got {self.best_of}", param="best_of"
+                f"best_of: expected at least n ({self.num_choices}), got {self.best_of}",
+                param="best_of",
+            )
+        if self.stream and self.num_candidates > self.num_choices:
+            raise InvalidRequest(
+                f"best_of: expected n ({self.num_choices}) together with stream true, for none is"
+                f" known to be best before all have ended; got {self.best_of}",
+                param="best_of",
             )
         if self.echo and self.logprobs is not None:
             raise InvalidRequest(

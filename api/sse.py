@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -45,13 +45,24 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
         await asyncio.wait((working, watching))
 
 
+def all_choices(choices: list[Piece]) -> list[Piece]:
+    """Where every choice is answered."""
+    return choices
+
+
 async def answer_whole(
-    request: Request, pieces: AsyncGenerator[Piece, None], writer: AnswerWriter
+    request: Request,
+    pieces: AsyncGenerator[Piece, None],
+    writer: AnswerWriter,
+    choose: Callable[[list[Piece]], list[Piece]],
 ) -> Response:
-    """The response once every choice has ended. Raises what ``pieces`` raises."""
+    """The response once every choice has ended. Raises what ``pieces`` raises.
+
+    ``choose`` gets them, joined, in order of their index, and gives those that are answered.
+    """
     by_choice = await while_connected(request.receive, _collect(pieces))
     joined = [join(by_choice[index]) for index in sorted(by_choice)]
-    return json_response(writer.whole(joined))
+    return json_response(writer.whole(choose(joined)))
 
 
 async def answer_streamed(

@@ -1,7 +1,7 @@
 """What ``/v1/completions`` and ``/v1/chat/completions`` do alike, from the body to the answer."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,13 +14,13 @@ from api.chat_requests import ChatRequest
 from api.config import ApiConfig
 from api.engine_client import EngineClient
 from api.error_responses import RequestRefused, context_length_exceeded, model_not_found
-from api.generation import TextGeneration
+from api.generation import Piece, TextGeneration
 from api.generation_calls import GenerationCall, text_generation
 from api.metrics import RequestMetrics
 from api.openai_requests import CompletionRequest
 from api.refused_fields import check_refused
 from api.request_ids import request_id
-from api.sse import answer_streamed, answer_whole
+from api.sse import all_choices, answer_streamed, answer_whole
 from api.tokenizer import TextTokenizer
 from ipc.errors import AdapterNotFound, InvalidRequest, SidestreamError
 from ipc.messages import Welcome
@@ -140,8 +140,9 @@ class TextRequests:
         writer: AnswerWriter,
         *,
         prompt_param: str,
+        choose: Callable[[list[Piece]], list[Piece]] = all_choices,
     ) -> Response:
-        """The answer, whole or streamed, as ``call`` wants it.
+        """The answer, whole or streamed, as ``call`` wants it; a whole one of what is chosen.
 
         Raises:
             RequestRefused: the engine knows no such model.
@@ -149,7 +150,7 @@ class TextRequests:
         """
         try:
             if not call.stream:
-                return await answer_whole(request, generation.pieces(), writer)
+                return await answer_whole(request, generation.pieces(), writer, choose)
             options = call.stream_options
             return await answer_streamed(
                 request,
