@@ -132,6 +132,8 @@ def _in_child(client: SidestreamClient, answers: "multiprocessing.Queue[str]") -
     client.close()
 
 
+# From Python 3.12 on a fork beside threads is warned of; that it goes well is what is tried here.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_has_no_client_and_the_parents_goes_on() -> None:
     with sync_rig(says("ok")) as rig:
         forking = multiprocessing.get_context("fork")
