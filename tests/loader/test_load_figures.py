@@ -45,6 +45,7 @@ def test_a_read_is_told_once_however_many_loads_come_of_it(folder: Path) -> None
             first = await timing(engine, 1)
             engine.stage(2, source)
             second = await timing(engine, 2)
+            await engine.until_resident(1)
             (read,) = engine.reads
             assert read.file_bytes == manifest.file_bytes
             assert read.read_s > 0.0 and read.dequantize_s > 0.0

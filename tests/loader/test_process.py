@@ -103,6 +103,8 @@ def test_injected_delay_holds_back_a_read(run_folder: Path, tmp_path: Path) -> N
             await engine.meet()
             engine.stage(1, await engine.source(1, tmp_path / "adapters/a"))
             await engine.collect(1)
+            # What was read is told with what the host tier holds, perhaps behind the load's end.
+            await engine.until_resident(1)
         (read,) = engine.reads
         assert read.read_s + read.dequantize_s >= 0.2
         engine.close()

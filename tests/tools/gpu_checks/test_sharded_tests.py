@@ -90,7 +90,7 @@ def test_shards_have_every_test_once() -> None:
 def test_what_ran_in_all_processes_is_counted_by_file(folder: Path) -> None:
     listed = [f"{folder}/{name}" for name in ("test_some.py", "test_other.py")]
     shards = [[listed[0], *arguments(folder)[:-1]], [listed[1], *arguments(folder)[:-1]]]
-    done = run_shards(shards, folder / "results", {}, 60.0)
+    done = run_shards(shards, folder / "results", {}, 120.0)
     assert done.files == {"test_some": FileCount(7, 1), "test_other": FileCount(1, 0)}
     assert (done.num_run, done.num_reached, done.num_broken) == (8, 9, 0)
 
