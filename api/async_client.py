@@ -11,6 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from api.client_arguments import (
+    adapter_names,
+    adapter_path,
+    call_options,
+    decodable_tokens,
+    request_name,
+    sendable_text,
+)
 from api.client_config import ClientConfig, find_endpoint, read_keys
 from api.client_options import (
     ChatOptions,
@@ -27,7 +35,6 @@ from api.generation import TextGeneration
 from api.generation_calls import GenerationCall, text_generation
 from api.metrics import RequestMetrics
 from api.prompts import PromptEncoder
-from api.request_names import is_request_name, new_request_name
 from api.text_stream import AsyncTextStream, TextAnswer
 from ipc.errors import Cancelled, InvalidRequest
 from ipc.messages import AdapterList, AdapterStatus, EngineStats, Health, Welcome
@@ -170,6 +177,8 @@ class AsyncSidestreamClient:
 
         What is wrong with the call itself is raised here, all else by the stream.
         """
+        if isinstance(prompt, str):
+            sendable_text("prompt", prompt)
         call = completion_call(prompt, options, self._config)
         (given,) = call.prompts()
 
@@ -219,14 +228,17 @@ class AsyncSidestreamClient:
     ) -> AsyncTextStream:
         """As ``chat``, piece by piece. What is wrong with the call itself is raised here."""
         call = chat_call(messages, options, self._config)
-        return self._stream(
-            call,
-            lambda prompts: prompts.encode_chat(call),
-            adapter,
-            request_id,
-            timeout_s,
-            metadata,
-        )
+
+        async def encode(prompts: PromptEncoder) -> list[int]:
+            try:
+                return await prompts.encode_chat(call)
+            except UnicodeEncodeError:
+                raise InvalidRequest(
+                    "messages: expected whole characters, got half of a surrogate pair",
+                    param="messages",
+                ) from None
+
+        return self._stream(call, encode, adapter, request_id, timeout_s, metadata)
 
     def _stream(
         self,
@@ -238,9 +250,10 @@ class AsyncSidestreamClient:
         metadata: Mapping[str, str] | None,
     ) -> AsyncTextStream:
         session = self._connected
-        name = _request_name(request_id)
+        name = request_name(request_id)
         if adapter is not None:
-            _check_text("adapter", adapter)
+            sendable_text("adapter", adapter)
+        options = call_options(timeout_s, metadata)
 
         async def begin(deadline: Deadline) -> TextGeneration:
             return text_generation(
@@ -253,10 +266,10 @@ class AsyncSidestreamClient:
                 adapters=[adapter],
                 max_tokens=answer_length(call),
                 logprobs=num_logprobs(call),
-                call_options=_call_options(deadline.left_s, metadata),
+                call_options=CallOptions(deadline.left_s, options.metadata),
             )
 
-        return AsyncTextStream(begin, name, timeout_s)
+        return AsyncTextStream(begin, name, options.timeout_s)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids that ``generate`` makes of ``text``.
@@ -265,14 +278,22 @@ class AsyncSidestreamClient:
             InvalidRequest: the model's folder has no tokenizer, or none was given.
             RuntimeError: the client is not connected.
         """
-        return await self._connected.prompts.encode(text, add_special_tokens=add_special_tokens)
+        return await self._connected.prompts.encode(
+            sendable_text("text", text), add_special_tokens=add_special_tokens
+        )
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of ``token_ids``, as a text of its own. Raises as ``tokenize``."""
+        """The text of ``token_ids``, as a text of its own.
+
+        Raises:
+            InvalidRequest: they can be no tokens; else as ``tokenize``.
+        """
         tokenizer = self._connected.tokenizer
         if tokenizer is None:
             raise InvalidRequest("the model's folder has no tokenizer.json, or none was given")
-        return tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return tokenizer.decode(
+            decodable_tokens(token_ids), skip_special_tokens=skip_special_tokens
+        )
 
     # --- Adapters ---------------------------------------------------------------------------
 
@@ -300,13 +321,12 @@ class AsyncSidestreamClient:
             Unavailable: the engine or its loader is away.
             RuntimeError: the client is not connected.
         """
-        _check_text("name", name)
         return await self._connected.engine.load_adapter(
-            name,
-            os.fspath(path),
+            sendable_text("name", name),
+            adapter_path(path),
             pinned=bool(pinned),
             replace=bool(replace),
-            options=_call_options(timeout_s, metadata),
+            options=call_options(timeout_s, metadata),
         )
 
     async def unload_adapter(
@@ -322,8 +342,9 @@ class AsyncSidestreamClient:
             AdapterNotFound: no adapter has this name.
             Exception: else as ``stats``.
         """
-        _check_text("name", name)
-        await self._connected.engine.unload_adapter(name, _call_options(timeout_s, metadata))
+        await self._connected.engine.unload_adapter(
+            sendable_text("name", name), call_options(timeout_s, metadata)
+        )
 
     async def list_adapters(
         self,
@@ -335,7 +356,7 @@ class AsyncSidestreamClient:
         """The registered adapters, and, ``with_folder``, the names in the server's adapter folder
         that have not been used. Raises as ``stats``."""
         return await self._connected.engine.list_adapters(
-            with_folder=bool(with_folder), options=_call_options(timeout_s, metadata)
+            with_folder=bool(with_folder), options=call_options(timeout_s, metadata)
         )
 
     async def prefetch(
@@ -352,12 +373,8 @@ class AsyncSidestreamClient:
             InvalidRequest: they are too many.
             Exception: else as ``stats``, and what keeps one of them from being served.
         """
-        if isinstance(names, str):
-            raise InvalidRequest(f"names: expected several names, got {names!r}", param="names")
-        for name in names:
-            _check_text("names", name)
         return await self._connected.engine.prefetch_adapters(
-            list(names), _call_options(timeout_s, metadata)
+            adapter_names(names), call_options(timeout_s, metadata)
         )
 
     # --- The engine -------------------------------------------------------------------------
@@ -372,13 +389,13 @@ class AsyncSidestreamClient:
             Unavailable: the engine is away, or was lost meanwhile.
             RuntimeError: the client is not connected.
         """
-        return await self._connected.engine.stats(_call_options(timeout_s, metadata))
+        return await self._connected.engine.stats(call_options(timeout_s, metadata))
 
     async def health(
         self, *, timeout_s: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> Health:
         """Whether the engine's steps go on, and adapters can be loaded. Raises as ``stats``."""
-        return await self._connected.engine.health(_call_options(timeout_s, metadata))
+        return await self._connected.engine.health(call_options(timeout_s, metadata))
 
     @property
     def engine(self) -> Welcome:
@@ -394,26 +411,3 @@ class AsyncSidestreamClient:
     def metrics(self) -> RequestMetrics:
         """What this client saw of its requests; ``metrics.registry`` is Prometheus's."""
         return self._connected.metrics
-
-
-def _call_options(timeout_s: float | None, metadata: Mapping[str, str] | None) -> CallOptions:
-    return CallOptions(timeout_s, dict(metadata or {}))
-
-
-def _request_name(given: str | None) -> str:
-    if given is None:
-        return new_request_name()
-    _check_text("request_id", given)
-    if not is_request_name(given):
-        raise InvalidRequest(
-            "request_id: expected 1 to 128 letters, digits and signs of ._:/+=@-,"
-            f" got {given[:128]!r}",
-            param="request_id",
-        )
-    return given
-
-
-def _check_text(field: str, value: object) -> None:
-    """Raises ``InvalidRequest``: what is no text would be dropped as malformed by the engine."""
-    if not isinstance(value, str):
-        raise InvalidRequest(f"{field}: expected a string, got {type(value).__name__}", param=field)

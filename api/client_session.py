@@ -43,8 +43,7 @@ async def open_session(
     tokenizer, templates = await asyncio.to_thread(_read_model, model)
     async with contextlib.AsyncExitStack() as exits:
         context = zmq.asyncio.Context()
-        # Blocks for as long as a last message lingers.
-        exits.push_async_callback(asyncio.to_thread, context.term)
+        exits.push_async_callback(_terminate, context)
         engine = EngineClient(context, endpoint, config.engine_timeouts, config.stream_window, keys)
         exits.push_async_callback(_cancel, asyncio.create_task(engine.run()))
         renderer = None
@@ -70,6 +69,15 @@ def _read_model(folder: Path | None) -> tuple[TextTokenizer | None, TemplateFile
             param="model",
         )
     return TextTokenizer.from_folder(folder), read_template_files(folder)
+
+
+async def _terminate(context: zmq.asyncio.Context) -> None:
+    """Blocks for as long as a last message lingers."""
+    try:
+        await asyncio.to_thread(context.term)
+    except RuntimeError:
+        # The program is ending, and no thread can be started any more.
+        context.term()
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -1,6 +1,8 @@
 """The Python client for programs without an event loop: the asynchronous one, on a thread."""
 
+import contextlib
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -15,14 +17,22 @@ from ipc.messages import AdapterList, AdapterStatus, EngineStats, Health, Welcom
 
 class TextStream:
     """Yields the pieces of every choice as they come; nothing is sent before the first is asked
-    for. One thread at a time.
+    for. Read by one thread at a time.
 
-    The request is cancelled in the engine by leaving ``with``, by ``close``, when the stream is
-    dropped, by what interrupts the wait for a piece, as Ctrl-C does, and at its deadline.
+    The request is cancelled in the engine by leaving ``with``, by ``close``, which any thread may
+    call, when the stream is dropped, by what interrupts the wait for a piece, as Ctrl-C does, and
+    at its deadline.
     """
 
-    def __init__(self, loop: LoopThread[AsyncSidestreamClient], stream: AsyncTextStream) -> None:
+    def __init__(
+        self,
+        client: "SidestreamClient",
+        loop: LoopThread[AsyncSidestreamClient],
+        stream: AsyncTextStream,
+    ) -> None:
         self.request_id = stream.request_id
+        # Which ends the loop when it is dropped.
+        self._client = client
         self._loop = loop
         self._stream = stream
 
@@ -45,7 +55,7 @@ class TextStream:
         return self._loop.run(lambda _: self._stream.answer())
 
     def close(self) -> None:
-        """Wants no more: cancels what has not ended."""
+        """Wants no more: cancels what has not ended. Who waits for a piece gets ``Cancelled``."""
         self._loop.post(lambda _: self._stream.aclose())
 
     def __enter__(self) -> Self:
@@ -67,7 +77,8 @@ class SidestreamClient:
     """``AsyncSidestreamClient``, method by method, for any number of threads.
 
     Its arguments, options and errors are those; ``RuntimeError`` is for a client that is closed,
-    or that is used in a process forked off from the one that made it.
+    or that is used in a process forked off from the one that made it. One that is dropped closes
+    itself, and so does one that is open when the program ends.
     """
 
     def __init__(
@@ -86,6 +97,9 @@ class SidestreamClient:
             ),
             "sidestream-client",
         )
+        weakref.finalize(self, self._loop.close).atexit = False
+        # For the program's end, at which not every Python can end a loop any more.
+        weakref.finalize(self, _close_client, self._loop)
 
     def close(self) -> None:
         """Ends what still runs with ``Cancelled``, here and in the engine. Once is enough."""
@@ -148,7 +162,7 @@ class SidestreamClient:
                 **options,
             )
 
-        return TextStream(self._loop, self._loop.run(begin))
+        return TextStream(self, self._loop, self._loop.run(begin))
 
     def chat(
         self,
@@ -194,7 +208,7 @@ class SidestreamClient:
                 **options,
             )
 
-        return TextStream(self._loop, self._loop.run(begin))
+        return TextStream(self, self._loop, self._loop.run(begin))
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids that ``generate`` makes of ``text``.
@@ -293,3 +307,9 @@ class SidestreamClient:
             return client.engine
 
         return self._loop.run(ask)
+
+
+def _close_client(loop: LoopThread[AsyncSidestreamClient]) -> None:
+    """Closes the client of ``loop``, if that is open."""
+    with contextlib.suppress(RuntimeError):
+        loop.run(lambda client: client.close())

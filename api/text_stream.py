@@ -1,9 +1,10 @@
 """A text while it is generated, and when it is whole, as the Python clients hand it out."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from api.answers import join, usage
 from api.deadline import Deadline
@@ -49,9 +50,9 @@ class AsyncTextStream:
     """Yields the pieces of every choice as they come; nothing is sent before the first is asked
     for. One task at a time.
 
-    The request is cancelled in the engine by leaving ``async with``, by ``aclose``, when the
-    stream is dropped, when the task that waits for a piece is cancelled, and at the deadline,
-    which runs from when the first piece is asked for.
+    The request is cancelled in the engine by leaving ``async with``, by ``aclose``, which any task
+    may call, when the stream is dropped, when the task that waits for a piece is cancelled, and at
+    the deadline, which runs from when the first piece is asked for.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class AsyncTextStream:
         self._generation: TextGeneration | None = None
         self._pieces: AsyncGenerator[Piece, None] | None = None
         self._has_ended = False
+        self._is_closed = False
+        # Who waits for a piece.
+        self._reader: asyncio.Task[Any] | None = None
 
     def __aiter__(self) -> Self:
         return self
@@ -74,17 +78,27 @@ class AsyncTextStream:
         """The next piece.
 
         Raises:
+            Cancelled: the stream was closed meanwhile.
             DeadlineExceeded: the answer was not complete in time.
             SidestreamError: what the engine refused the request with, or ``Unavailable`` when it
                 is away or was lost.
         """
         if self._has_ended:
             raise StopAsyncIteration
+        if self._reader is not None:
+            raise RuntimeError("expected one reader of the stream at a time, got another")
+        reader = self._reader = _current_task()
+        num_cancellations = reader.cancelling()
         try:
             piece = await self._next()
-        except BaseException:
+        except BaseException as error:
             self._has_ended = True
+            # As ``asyncio.timeout`` does: whoever else cancelled the task is not passed over.
+            if self._is_closed and reader.uncancel() <= num_cancellations:
+                raise _closed() from error
             raise
+        finally:
+            self._reader = None
         if piece is None:
             self._has_ended = True
             raise StopAsyncIteration
@@ -113,14 +127,19 @@ class AsyncTextStream:
         """The rest of the pieces as one answer.
 
         Raises:
-            Cancelled: the stream was closed before it began.
+            Cancelled: the stream was closed.
+            RuntimeError: all its pieces have been read.
             SidestreamError: as ``__anext__``.
         """
+        if self._is_closed:
+            raise _closed()
+        if self._has_ended:
+            raise RuntimeError("expected a stream with pieces to come, got one that has ended")
         by_index: dict[int, list[Piece]] = {}
         async for piece in self:
             by_index.setdefault(piece.index, []).append(piece)
-        if self._generation is None:
-            raise Cancelled("the stream was closed before it began")
+        if self._generation is None or not by_index:
+            raise _closed()
         return TextAnswer(
             self.request_id,
             self._generation.prompts[0][0].token_ids,
@@ -129,9 +148,13 @@ class AsyncTextStream:
         )
 
     async def aclose(self) -> None:
-        """Wants no more: cancels what has not ended."""
-        self._has_ended = True
-        if self._pieces is not None:
+        """Wants no more: cancels what has not ended. Who waits for a piece gets ``Cancelled``."""
+        if self._has_ended:
+            return
+        self._has_ended = self._is_closed = True
+        if self._reader is not None:
+            self._reader.cancel()
+        elif self._pieces is not None:
             await self._pieces.aclose()
 
     async def __aenter__(self) -> Self:
@@ -144,3 +167,13 @@ class AsyncTextStream:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+def _closed() -> Cancelled:
+    return Cancelled("the stream was closed")

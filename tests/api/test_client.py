@@ -1,9 +1,8 @@
-"""The asynchronous client: text, tokens and errors as HTTP has them, and nothing left behind."""
+"""The asynchronous client: text, tokens and calls as HTTP has them."""
 
 import asyncio
-import gc
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,35 +14,21 @@ from api.text_stream import TextPiece
 from ipc.errors import (
     AdapterConflict,
     AdapterNotFound,
-    Cancelled,
     DeadlineExceeded,
     InvalidRequest,
-    Overloaded,
-    SidestreamError,
-    Unavailable,
 )
 from ipc.messages import (
+    Connect,
     FinishReason,
     Generate,
-    RequestId,
     ServingStatus,
     TokenDelta,
     TokenLogprobs,
 )
 from tests.api.client_rig import client_rig
-from tests.api.fake_engine import MAX_MODEL_LEN, fails, says, waits
+from tests.api.fake_engine import MAX_MODEL_LEN, says, waits
 from tests.api.frontend import on_loop, until
 from tools.tiny_model.tokenizer import BOS_ID, EOS_ID
-
-
-def told(texts: dict[int, str]) -> Any:
-    """Answers each request with the text that its first prompt token stands for."""
-
-    def script(request: Generate) -> Iterable[TokenDelta]:
-        return says(texts[request.prompt_token_ids[0]])(request)
-
-    return script
-
 
 # --- Text ----------------------------------------------------------------------------------------
 
@@ -180,6 +165,12 @@ async def test_texts_and_token_ids_are_turned_into_each_other() -> None:
         ({"stop": [""]}, "stop"),
         ({"request_id": "line\nbreak"}, "request_id: expected 1 to 128"),
         ({"adapter": 3}, "adapter: expected a string, got int"),
+        ({"adapter": "\ud83d"}, "adapter: expected whole characters, got half of a surrogate"),
+        ({"timeout_s": "5"}, r"timeout_s: expected `float \| null`, got `str`"),
+        ({"timeout_s": float("nan")}, "timeout_s: expected `float` <= 1000000000.0, got nan"),
+        ({"timeout_s": float("inf")}, "timeout_s: expected `float` <= 1000000000.0, got inf"),
+        ({"metadata": {"trace": 7}}, "metadata: expected `str`, got `int`"),
+        ({"metadata": {"Trace": "7"}}, "metadata: expected `str` matching regex"),
     ],
 )
 def test_a_wrong_option_is_named_before_anything_is_sent(
@@ -197,110 +188,36 @@ def test_a_wrong_option_is_named_before_anything_is_sent(
     body()
 
 
-# --- Ends ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    "error",
-    [AdapterNotFound("a"), Overloaded("full", retry_after_s=2.0), InvalidRequest("b", param="c")],
+    ("call", "message"),
+    [
+        (lambda client: client.generate("\ud83d"), "prompt: expected whole characters"),
+        (
+            lambda client: client.chat([{"role": "user", "content": "\ud83d"}]),
+            "messages: expected whole characters",
+        ),
+        (lambda client: client.tokenize(b"x"), "text: expected a string, got bytes"),
+        (lambda client: client.load_adapter("a", b"/x"), "path: expected a string, got bytes"),
+        (lambda client: client.unload_adapter(3), "name: expected a string, got int"),
+        (lambda client: client.prefetch("a"), "names: expected several names, got 'a'"),
+        (lambda client: client.prefetch(["a", 3]), "names: expected a string, got int"),
+        (lambda client: client.stats(metadata={"a": 1}), "metadata: expected `str`, got `int`"),
+    ],
 )
-def test_the_engines_errors_are_raised_as_they_are(error: SidestreamError) -> None:
+def test_what_no_message_can_hold_is_named_before_anything_is_sent(
+    call: Callable[[AsyncSidestreamClient], Coroutine[Any, Any, object]], message: str
+) -> None:
     @on_loop
     async def body() -> None:
-        async with client_rig(fails(error)) as rig:
-            with pytest.raises(type(error)) as raised:
-                await rig.client.generate("x")
-            assert raised.value.info == error.info
+        async with client_rig(says("ok")) as rig:
+            with pytest.raises(InvalidRequest, match=message):
+                await call(rig.client)
+            with pytest.raises(InvalidRequest, match="expected integers from 0 to 4294967295"):
+                rig.client.detokenize([-1])
+            assert [type(each) for each in rig.engine.calls] == [Connect]
+            assert rig.engine.requests == []
 
     body()
-
-
-@on_loop
-async def test_an_answer_that_takes_too_long_is_cancelled_and_the_engine_knew() -> None:
-    async with client_rig(waits) as rig:
-        with pytest.raises(DeadlineExceeded):
-            await rig.client.generate("x", timeout_s=0.3, metadata={"trace": "7"})
-        (request,) = rig.engine.requests
-        assert request.deadline_ms is not None and 1 <= request.deadline_ms <= 301
-        assert request.metadata == {"trace": "7"}
-        await until(lambda: rig.engine.cancelled == [request.request_id])
-
-
-@on_loop
-async def test_leaving_or_dropping_a_stream_cancels_it() -> None:
-    async with client_rig(waits) as rig:
-
-        def begun(count: int) -> RequestId:
-            return rig.engine.requests[count - 1].request_id
-
-        async with rig.client.stream("x") as left:
-            first = asyncio.create_task(anext(left))
-            await until(lambda: len(rig.engine.requests) == 1)
-            rig.engine.send(TokenDelta(begun(1), [97]))
-            assert (await first).text == "a"
-        await until(lambda: rig.engine.cancelled == [begun(1)])
-
-        dropped = rig.client.stream("x")
-        first = asyncio.create_task(anext(dropped))
-        await until(lambda: len(rig.engine.requests) == 2)
-        rig.engine.send(TokenDelta(begun(2), [97]))
-        await first
-        del dropped, first
-        gc.collect()
-        await until(lambda: rig.engine.cancelled[1:] == [begun(2)])
-
-        waiting = asyncio.create_task(rig.client.generate("x"))
-        await until(lambda: len(rig.engine.requests) == 3)
-        waiting.cancel()
-        await until(lambda: rig.engine.cancelled[2:] == [begun(3)])
-
-
-@on_loop
-async def test_closing_ends_what_runs_and_what_comes_after() -> None:
-    async with client_rig(waits) as rig:
-        running = asyncio.create_task(rig.client.generate("x"))
-        await until(lambda: len(rig.engine.requests) == 1)
-        await rig.client.close()
-        with pytest.raises(Cancelled, match="the client was closed"):
-            await running
-        for call in (rig.client.generate("x"), rig.client.stats(), rig.client.tokenize("x")):
-            with pytest.raises(RuntimeError, match="got one that is closed"):
-                await call
-        await rig.client.close()
-        with pytest.raises(RuntimeError, match="has been connected"):
-            await rig.client.connect()
-
-
-@on_loop
-async def test_an_engine_that_goes_away_is_unavailable_and_served_again_when_it_is_back() -> None:
-    async with client_rig(waits) as rig:
-        running = asyncio.create_task(rig.client.generate("x"))
-        await until(lambda: len(rig.engine.requests) == 1)
-        await rig.engine.stop()
-        with pytest.raises(Unavailable, match="lost"):
-            await running
-        with pytest.raises(Unavailable, match="away"):
-            await rig.client.generate("x")
-        rig.engine.script = says("back")
-        rig.engine.start()
-        await until(lambda: len(rig.engine.calls) == 2)
-        while True:
-            try:
-                answer = await rig.client.generate("x")
-                break
-            except Unavailable:
-                await asyncio.sleep(0.01)
-        assert answer.text == "back" and rig.client.engine.engine_epoch == 2
-
-
-@on_loop
-async def test_a_hundred_streams_at_once_are_each_answered_with_their_own_text() -> None:
-    texts = {number: f"answer {number} " * 5 for number in range(100)}
-    async with client_rig(told(texts)) as rig:
-        answers = await asyncio.gather(
-            *(rig.client.generate([number], max_tokens=200) for number in range(100))
-        )
-    assert [answer.text for answer in answers] == list(texts.values())
 
 
 # --- Adapters and the engine -----------------------------------------------------------------
@@ -317,8 +234,6 @@ async def test_adapters_are_loaded_listed_announced_and_forgotten(tmp_path: Path
         listed = await rig.client.list_adapters()
         assert [(each.name, each.path) for each in listed.adapters] == [("a", "/other")]
         assert [each.name for each in await rig.client.prefetch(["a"])] == ["a"]
-        with pytest.raises(InvalidRequest, match="expected several names"):
-            await rig.client.prefetch("a")
         await rig.client.unload_adapter("a")
         with pytest.raises(AdapterNotFound):
             await rig.client.unload_adapter("a")

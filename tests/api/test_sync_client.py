@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -81,6 +83,55 @@ def test_a_stream_that_is_left_or_dropped_is_cancelled() -> None:
             else:
                 stream.close()
             until(lambda count=count: len(rig.engine.cancelled) == count)  # type: ignore[misc]
+
+
+def test_a_stream_that_another_thread_closes_ends_its_readers_wait() -> None:
+    with sync_rig(waits) as rig, ThreadPoolExecutor(1) as pool:
+        stream = rig.client.stream("x")
+        reader = pool.submit(next, stream)
+        until(lambda: len(rig.engine.requests) == 1)
+        stream.close()
+        with pytest.raises(Cancelled, match="the stream was closed"):
+            reader.result(DEADLINE_S)
+        until(lambda: len(rig.engine.cancelled) == 1)
+
+
+def test_a_client_that_is_dropped_closes_itself_once_its_streams_are() -> None:
+    with sync_rig(waits) as rig:
+        before = threading.active_count()
+        client = SidestreamClient(rig.endpoint)
+        stream = client.stream([1])
+        del client
+        gc.collect()
+        assert threading.active_count() > before
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(next, stream)
+            until(lambda: len(rig.engine.requests) == 1)
+            send(rig, 97)
+            assert first.result(DEADLINE_S).token_ids == [97]
+        del stream, first
+        gc.collect()
+        until(lambda: threading.active_count() == before and len(rig.engine.cancelled) == 1)
+
+
+def test_a_program_that_ends_within_a_stream_cancels_it_and_is_not_held_up() -> None:
+    program = """
+import sys
+from api.client import SidestreamClient
+client = SidestreamClient(sys.argv[1])
+stream = client.stream([1])
+print(next(stream).token_ids)
+"""
+    with sync_rig(waits) as rig:
+        command = [sys.executable, "-c", program, rig.endpoint]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            until(lambda: len(rig.engine.requests) == 1)
+            send(rig, 97)
+            printed, _ = process.communicate(timeout=DEADLINE_S)
+        assert (process.returncode, printed) == (0, "[97]\n")
+        until(lambda: len(rig.engine.cancelled) == 1)
 
 
 def test_ctrl_c_interrupts_the_wait_and_cancels() -> None:
