@@ -113,6 +113,8 @@ class _Page:
             yield f"<h3><code>{escape(name)}</code></h3>"
             if "description" in schema:
                 yield f"<p>{_prose(schema['description'])}</p>"
+            if "enum" in schema:
+                yield f'<p class="type">{_type(schema)}</p>'
             yield "<dl>"
             for field, declared in schema.get("properties", {}).items():
                 yield from _field(field, declared, field in schema.get("required", ()))

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -18,12 +19,15 @@ _SHORTEST_S = 1e-5
 class LatencySeries(msgspec.Struct, frozen=True):
     """One entry a second, the oldest first; the last one is the second that goes on.
 
-    ``p50_s`` and ``p99_s`` are in seconds, null where nothing was observed.
+    ``p50_s`` and ``p99_s`` are in seconds, null where nothing was observed. ``minute_p50_s`` and
+    ``minute_p99_s`` are of all that was observed in these seconds.
     """
 
     num_observed: list[int]
     p50_s: list[float | None]
     p99_s: list[float | None]
+    minute_p50_s: float | None
+    minute_p99_s: float | None
 
 
 class RecentLatencies:
@@ -43,10 +47,15 @@ class RecentLatencies:
         """The last minute."""
         first = self._advance() + 1
         seconds = [self._seconds[(first + place) % NUM_SECONDS] for place in range(NUM_SECONDS)]
+        minute: Counter[int] = Counter()
+        for counts in seconds:
+            minute.update(counts)
         return LatencySeries(
             [sum(counts.values()) for counts in seconds],
             [_quantile(counts, 0.5) for counts in seconds],
             [_quantile(counts, 0.99) for counts in seconds],
+            _quantile(minute, 0.5),
+            _quantile(minute, 0.99),
         )
 
     def _advance(self) -> int:
@@ -58,7 +67,7 @@ class RecentLatencies:
         return self._newest
 
 
-def _quantile(counts: dict[int, int], share: float) -> float | None:
+def _quantile(counts: Mapping[int, int], share: float) -> float | None:
     """The middle of the class in which the nearest-rank quantile lies."""
     rank = math.ceil(share * sum(counts.values()))
     for latency_class in sorted(counts):

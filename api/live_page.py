@@ -5,6 +5,18 @@ import hashlib
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "page"
+# One script, in this order: the last part starts what the ones before it declare.
+_SCRIPTS = (
+    "numbers",
+    "nodes",
+    "server",
+    "tiers",
+    "timeline",
+    "latencies",
+    "requests",
+    "prompt",
+    "live",
+)
 
 
 def live_page() -> str:
@@ -34,7 +46,8 @@ def _style() -> str:
 
 
 def _script() -> str:
-    return (_FOLDER / "live.js").read_text()
+    parts = [(_FOLDER / "live" / f"{name}.js").read_text() for name in _SCRIPTS]
+    return "\n".join(('"use strict";\n', *parts))
 
 
 def _hash(text: str) -> str:

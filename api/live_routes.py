@@ -12,10 +12,10 @@ from api.config import ApiConfig
 from api.endpoints import Answer, Endpoint
 from api.engine_client import CallOptions, EngineClient
 from api.latencies import LatencySeries
+from api.live_activity import LiveActivity
 from api.live_page import content_security_policy, live_page
 from api.metrics import RequestMetrics
 from api.sse import json_response
-from ipc.errors import SidestreamError
 from ipc.messages import Activity
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ class LiveRoutes:
         has_chat: bool,
     ) -> None:
         self._config = config
-        self._engine = engine
+        options = CallOptions(config.health_timeout_s)
+        self._activity = LiveActivity(lambda: engine.activity(options))
         self._metrics = metrics
         self._version = version
         self._has_chat = has_chat
@@ -88,19 +89,15 @@ class LiveRoutes:
 
     async def view(self, request: Request) -> Response:
         """``GET /v1/live``: always answers, also while the engine is away."""
-        activity, reason = None, None
-        try:
-            activity = await self._engine.activity(CallOptions(self._config.health_timeout_s))
-        except SidestreamError as error:
-            reason = error.message
+        seen = await self._activity.look()
         return json_response(
             LiveView(
                 self._config.served_model_name,
                 self._version,
                 self._has_chat,
                 time.monotonic() - self._began_s,
-                reason,
-                activity,
+                seen.reason,
+                seen.activity,
                 self._metrics.recent_first_tokens.series(),
                 self._metrics.recent_next_tokens.series(),
             )

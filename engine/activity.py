@@ -1,21 +1,31 @@
 """The last minute of the engine's work, kept while it happens, for people to look at."""
 
+import heapq
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import TypeVar
 
 from engine.adapter_slots import AdapterState, PooledAdapter
 from engine.plan import StepPlan
 from engine.sequence import Sequence
-from ipc.activity import OpenRequest, PlacedLoad, PoolSlot, StepTimeline
+from ipc.activity import (
+    LoadInFlight,
+    LoadPhase,
+    LoadTimeline,
+    OpenRequest,
+    PlacedLoad,
+    PoolSlot,
+    StepTimeline,
+)
+from ipc.messages import AdapterId
 
 Number = TypeVar("Number", int, float)
 
 CELL_S = 0.1
 NUM_CELLS = 600
-MAX_LOADS = 256
+NUM_LOAD_SECONDS = 60
+MAX_LOADS_A_SECOND = 8
 MAX_REQUESTS = 200
 
 
@@ -79,34 +89,87 @@ class RecentSteps:
         self._newest = max(self._newest, newest)
 
 
-class RecentLoads:
-    """Loads that were placed, with when they ended."""
+class _LoadsOfSecond:
+    """The loads that ended in one second: all of them counted, the longest ones kept."""
 
     def __init__(self) -> None:
-        self._loads: deque[tuple[int, int, float, float]] = deque(maxlen=MAX_LOADS)
+        self.num_loads = 0
+        self.num_bytes = 0
+        # A heap of (seconds taken, end, adapter, bytes): the shortest one leaves it first.
+        self.longest: list[tuple[float, float, AdapterId, int]] = []
+
+    def add(self, took_s: float, end_s: float, adapter_id: AdapterId, num_bytes: int) -> None:
+        self.num_loads += 1
+        self.num_bytes += num_bytes
+        load = (took_s, end_s, adapter_id, num_bytes)
+        if len(self.longest) < MAX_LOADS_A_SECOND:
+            heapq.heappush(self.longest, load)
+        else:
+            heapq.heappushpop(self.longest, load)
+
+
+class RecentLoads:
+    """Loads that were placed, by the second in which they ended."""
+
+    def __init__(self) -> None:
+        # By the clock's second, the oldest first; older ones than a minute leave with the next.
+        self._seconds: dict[int, _LoadsOfSecond] = {}
 
     def placed(self, adapter: PooledAdapter, now_s: float) -> None:
         """The adapter's last byte is in its slot."""
-        num_bytes, began_s = adapter.layout.num_bytes, adapter.load_began_s
-        self._loads.append((adapter.adapter_id, num_bytes, began_s, now_s))
+        self._forget(now_s)
+        second = self._seconds.setdefault(int(now_s), _LoadsOfSecond())
+        num_bytes, took_s = adapter.layout.num_bytes, now_s - adapter.load_began_s
+        second.add(took_s, now_s, adapter.adapter_id, num_bytes)
 
-    def last_minute(self, now_s: float) -> list[PlacedLoad]:
-        """Those that ended within it, the latest ``MAX_LOADS`` of them."""
-        return [
-            PlacedLoad(adapter_id, num_bytes, now_s - end_s, end_s - began_s)
-            for adapter_id, num_bytes, began_s, end_s in self._loads
-            if now_s - end_s <= NUM_CELLS * CELL_S
-        ]
+    def timeline(self, now_s: float) -> LoadTimeline:
+        """Those of the second that goes on and of the 59 before it."""
+        self._forget(now_s)
+        loads = sorted(
+            (end_s, took_s, adapter_id, num_bytes)
+            for second in self._seconds.values()
+            for took_s, end_s, adapter_id, num_bytes in second.longest
+        )
+        return LoadTimeline(
+            sum(second.num_loads for second in self._seconds.values()),
+            sum(second.num_bytes for second in self._seconds.values()),
+            [
+                PlacedLoad(adapter_id, num_bytes, now_s - end_s, took_s)
+                for end_s, took_s, adapter_id, num_bytes in loads
+            ],
+        )
+
+    def _forget(self, now_s: float) -> None:
+        oldest = int(now_s) - NUM_LOAD_SECONDS + 1
+        while self._seconds and (first := next(iter(self._seconds))) < oldest:
+            del self._seconds[first]
 
 
-def pool_slots(adapters: Iterable[PooledAdapter], num_layers: int) -> list[PoolSlot]:
+def pool_slots(
+    adapters: Iterable[PooledAdapter],
+    num_layers: int,
+    is_in_host_tier: Callable[[AdapterId], bool],
+    now_s: float,
+) -> list[PoolSlot]:
     """Of the adapters that own one."""
+
+    def load(adapter: PooledAdapter) -> LoadInFlight | None:
+        if adapter.state is AdapterState.RESIDENT:
+            return None
+        if adapter.state is AdapterState.CANCELLING:
+            phase = LoadPhase.CANCELLING
+        elif adapter.num_placed_layers or is_in_host_tier(adapter.adapter_id):
+            phase = LoadPhase.COPYING
+        else:
+            phase = LoadPhase.READING
+        placed = adapter.num_placed_layers / num_layers
+        return LoadInFlight(phase, placed, now_s - adapter.load_began_s)
+
     return [
         PoolSlot(
             adapter.adapter_id,
             adapter.num_slot_bytes,
-            adapter.state is not AdapterState.RESIDENT,
-            adapter.num_placed_layers / num_layers,
+            load(adapter),
             adapter.pinned,
             adapter.num_requests,
         )

@@ -22,6 +22,10 @@ class HitCounts:
         """Its memory went with it."""
         self._in_host_tier.clear()
 
+    def is_in_host_tier(self, adapter_id: AdapterId) -> bool:
+        """Whether the loader has said that it has the adapter in its memory."""
+        return adapter_id in self._in_host_tier
+
     def asked(self, adapter_id: AdapterId, tier: Residency) -> None:
         """A sequence came for the adapter; ``tier`` is as ``AdapterResidency.tier`` says."""
         if tier is Residency.DISK and adapter_id in self._in_host_tier:

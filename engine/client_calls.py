@@ -164,7 +164,7 @@ class ClientCalls:
         shown = images[:MAX_HOST_IMAGES]
         mentioned = {image.adapter_id for image in shown}
         mentioned.update(AdapterId(slot.adapter_id) for slot in known.slots)
-        mentioned.update(AdapterId(load.adapter_id) for load in known.loads)
+        mentioned.update(AdapterId(load.adapter_id) for load in known.loads.longest)
         mentioned.update(
             AdapterId(each.adapter_id) for each in known.requests if each.adapter_id is not None
         )

@@ -341,8 +341,13 @@ class EngineCore:
     def _activity(self, now_s: float) -> StepThreadActivity:
         residency, scheduler = self._residency, self._scheduler
         return StepThreadActivity(
-            slots=pool_slots(residency.pooled_adapters, residency.num_layers),
-            loads=residency.recent_loads.last_minute(now_s),
+            slots=pool_slots(
+                residency.pooled_adapters,
+                residency.num_layers,
+                residency.hits.is_in_host_tier,
+                now_s,
+            ),
+            loads=residency.recent_loads.timeline(now_s),
             requests=oldest_requests(self._requests.sequences, now_s),
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,

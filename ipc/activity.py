@@ -3,6 +3,8 @@
 Times are ages, in seconds before the answer was made, so that nobody's clock has to agree.
 """
 
+from enum import Enum
+
 import msgspec
 
 
@@ -23,16 +25,35 @@ class StepTimeline(msgspec.Struct, frozen=True):
     longest_s: list[float]
 
 
-class PoolSlot(msgspec.Struct, frozen=True):
-    """One adapter in the pool. Of one that is loading, ``placed`` says how much has arrived.
+class LoadPhase(Enum):
+    """What a load in flight is at, as far as the engine can tell.
 
-    ``placed`` counts whole layers, as a share of 1. ``num_requests`` are those that want it.
+    READING: the loader has not said yet that it has all of the image in its memory, and no layer
+    has arrived. COPYING: layers arrive, or can. CANCELLING: given up, and not over yet.
+    """
+
+    READING = "reading"
+    COPYING = "copying"
+    CANCELLING = "cancelling"
+
+
+class LoadInFlight(msgspec.Struct, frozen=True):
+    """A load that began ``age_s`` before now; ``placed`` counts whole layers, as a share of 1."""
+
+    phase: LoadPhase
+    placed: float
+    age_s: float
+
+
+class PoolSlot(msgspec.Struct, frozen=True):
+    """One adapter in the pool; ``load`` is null once all of it is there.
+
+    ``num_requests`` are those that want it.
     """
 
     adapter_id: int
     num_bytes: int
-    is_loading: bool
-    placed: float
+    load: LoadInFlight | None
     pinned: bool
     num_requests: int
 
@@ -44,6 +65,17 @@ class PlacedLoad(msgspec.Struct, frozen=True):
     num_bytes: int
     ended_ago_s: float
     took_s: float
+
+
+class LoadTimeline(msgspec.Struct, frozen=True):
+    """The last minute of loads. ``num_loads`` and ``num_bytes`` count all of them.
+
+    ``longest`` are those of each second that took longest, up to a bound, by when they ended.
+    """
+
+    num_loads: int
+    num_bytes: int
+    longest: list[PlacedLoad]
 
 
 class OpenRequest(msgspec.Struct, frozen=True):
@@ -60,13 +92,12 @@ class OpenRequest(msgspec.Struct, frozen=True):
 class StepThreadActivity(msgspec.Struct, frozen=True):
     """What the step thread knows, between two of its steps.
 
-    ``slots`` are all of the pool's; ``loads`` those of the last minute, and ``requests`` the
-    oldest ones, each up to a bound; ``num_running`` and ``num_waiting`` count all. Tokens are
-    counted since the engine's start.
+    ``slots`` are all of the pool's. ``requests`` are the oldest ones, up to a bound;
+    ``num_running`` and ``num_waiting`` count all. Tokens are counted since the engine's start.
     """
 
     slots: list[PoolSlot]
-    loads: list[PlacedLoad]
+    loads: LoadTimeline
     requests: list[OpenRequest]
     num_running: int
     num_waiting: int

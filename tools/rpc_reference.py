@@ -3,6 +3,7 @@
 python -m tools.rpc_reference
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from ipc.messages import (
 from tools.marked_text import replace_section
 
 DOCUMENT = Path(__file__).parent.parent / "ipc" / "RPC.md"
+
+# Docstrings write the plural of a name with the ``s`` apart.
+_PLURAL = re.compile(r"`` s\b")
 
 EXAMPLE: tuple[ClientMessage | EngineMessage, ...] = (
     Connect(CallId(1)),
@@ -75,7 +79,7 @@ def _table(kind: Any) -> str:
     title = f"`{kind.tag}`" if kind.tag else f"{kind.cls.__name__}"
     if kind.array_like:
         title += " (an array of its fields, in this order)"
-    meaning = (kind.cls.__doc__ or "").replace("`` s", "``").replace("``", "`")
+    meaning = _PLURAL.sub("``", kind.cls.__doc__ or "").replace("``", "`")
     head = f"**{title}**: {' '.join(meaning.split())}"
     if not kind.fields:
         return head

@@ -9,7 +9,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from ipc.activity import PoolSlot, StepThreadActivity, StepTimeline
+from ipc.activity import LoadTimeline, PoolSlot, StepThreadActivity, StepTimeline
 from ipc.channel import RouterChannel, open_socket
 from ipc.errors import AdapterConflict, AdapterNotFound, SidestreamError
 from ipc.messages import (
@@ -212,7 +212,7 @@ class FakeEngine:
 
     def _activity(self, call_id: CallId) -> Activity:
         slots = [
-            PoolSlot(status.adapter_id, status.image_bytes, False, 1.0, status.pinned, 0)
+            PoolSlot(status.adapter_id, status.image_bytes, None, status.pinned, 0)
             for status in self.adapters.values()
         ]
         cells = 600
@@ -236,7 +236,7 @@ class FakeEngine:
             host_images=[],
             num_host_images=0,
             names={status.adapter_id: status.name for status in self.adapters.values()},
-            step_thread=StepThreadActivity(slots, [], [], 3, 1, 100, steps),
+            step_thread=StepThreadActivity(slots, LoadTimeline(0, 0, []), [], 3, 1, 100, steps),
         )
 
     def _stats(self, call_id: CallId) -> EngineStats:

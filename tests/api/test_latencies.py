@@ -41,3 +41,20 @@ def test_each_second_stands_for_itself_and_a_minute_is_kept() -> None:
     assert sum(latencies.series().num_observed) == 1
     clock.now_s = 10_000.0
     assert latencies.series().num_observed == [0] * NUM_SECONDS
+
+
+def test_the_minutes_quantiles_are_of_all_latencies_and_not_of_the_seconds_quantiles() -> None:
+    clock = Clock()
+    latencies = RecentLatencies(clock)
+    assert latencies.series().minute_p99_s is None
+    # One slow second of five tokens among many fast ones of a hundred each.
+    for second in range(NUM_SECONDS - 1):
+        clock.now_s = 100.0 + second
+        for _ in range(5 if second == 7 else 100):
+            latencies.observe(1.0 if second == 7 else 0.01)
+    series = latencies.series()
+    assert series.minute_p50_s == pytest.approx(0.01, rel=0.03)
+    assert series.minute_p99_s == pytest.approx(0.01, rel=0.03)
+    for _ in range(100):
+        latencies.observe(1.0)
+    assert latencies.series().minute_p99_s == pytest.approx(1.0, rel=0.03)

@@ -19,7 +19,7 @@ async def test_the_view_has_what_the_engine_says_and_what_the_frontend_saw() -> 
     engine = view["engine"]
     assert engine["names"] == {"0": "a"} and engine["pool_bytes_total"] == 4500
     (slot,) = engine["step_thread"]["slots"]
-    assert (slot["num_bytes"], slot["pinned"], slot["is_loading"]) == (1000, True, False)
+    assert (slot["num_bytes"], slot["pinned"], slot["load"]) == (1000, True, None)
     assert sum(view["first_token"]["num_observed"]) == 1
     assert sum(view["next_token"]["num_observed"]) == 5
 

@@ -6,7 +6,6 @@ Screenshots are left in the folder that ``SIDESTREAM_SCREENSHOTS`` names, if it 
 import itertools
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,44 +18,12 @@ from tools.tiny_model.cache import TinyModel
 pytestmark = pytest.mark.e2e
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, expect  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+from tests.e2e.opened_page import Opened  # noqa: E402
+
 WIDTHS = (1280, 400)
 SCHEMES = ("light", "dark")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on PATH")
-    with sync_playwright() as started:
-        # As root, and in most containers, Chromium's own sandbox can not start.
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Opened:
-    """A page, with whatever it complained of and whomever it asked."""
-
-    def __init__(self, browser: Browser, url: str, width: int = 1280, scheme: str = "light"):
-        self.context = browser.new_context(
-            viewport={"width": width, "height": 900},
-            color_scheme="dark" if scheme == "dark" else "light",
-        )
-        self.page: Page = self.context.new_page()
-        self.complaints: list[str] = []
-        self.asked: set[str] = set()
-        self.page.on("console", lambda message: self._heard(message.type, message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.asked.add(request.url))
-        self.page.goto(f"{url}/")
-        expect(self.page.locator("#state")).to_have_attribute("data-state", "ready")
-
-    def _heard(self, kind: str, text: str) -> None:
-        if kind in ("error", "warning"):
-            self.complaints.append(text)
 
 
 @pytest.fixture
@@ -93,6 +60,8 @@ def test_it_fits_its_window_complains_of_nothing_and_asks_nobody_else(
     page.press("#prompt", "Control+Enter")
     expect(page.locator("#answer-figures")).to_contain_text("token")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    clipped = "nodes => nodes.filter(n => n.scrollWidth > n.clientWidth).map(n => n.textContent)"
+    assert page.eval_on_selector_all(".requests thead th", clipped) == []
     assert opened.complaints == []
     assert all(url.startswith((server.url, "data:")) for url in opened.asked), opened.asked
     folder = os.environ.get("SIDESTREAM_SCREENSHOTS")
@@ -162,11 +131,15 @@ def test_a_prompt_is_asked_with_the_keyboard_alone_and_can_be_stopped(
     page.fill("#target", "tiny")
     page.fill("#max-tokens", "4000")
     page.fill("#temperature", "2")
-    page.press("#prompt", "Control+Enter")
-    expect(page.locator("#stop")).to_be_enabled()
-    page.focus("#stop")
+    # The buttons keep the focus: whoever has sent finds Stop behind the next Tab.
+    page.focus("#send")
     page.keyboard.press("Enter")
-    expect(page.locator("#send")).to_be_enabled()
+    expect(page.locator("#stop")).to_have_attribute("aria-disabled", "false")
+    expect(page.locator("#send")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#send")).to_have_attribute("aria-disabled", "false")
+    expect(page.locator("#stop")).to_be_focused()
 
     page.fill("#target", "nobody")
     page.click("#send")
@@ -196,7 +169,7 @@ LUMINANCE = """
   const pixel = (colour) => {
     const canvas = document.createElement("canvas").getContext("2d");
     const probe = document.body.appendChild(document.createElement("i"));
-    probe.style.color = `var(${colour})`;
+    probe.style.color = colour.startsWith("--") ? `var(${colour})` : colour;
     canvas.fillStyle = getComputedStyle(probe).color;
     probe.remove();
     canvas.fillRect(0, 0, 1, 1);
@@ -225,6 +198,24 @@ def test_text_stands_out_from_its_ground_and_drawings_from_theirs(
         for ground in ("--ground", "--raised", "--sunken"):
             assert opened.page.evaluate(LUMINANCE, [text, ground]) >= 4.5, (text, ground)
     assert opened.page.evaluate(LUMINANCE, ["--on-accent", "--accent"]) >= 4.5
-    for drawn in ("--decode", "--load", "--layers", "--accent"):
+    for drawn in ("--decode", "--prefill", "--layers", "--load"):
         assert opened.page.evaluate(LUMINANCE, [drawn, "--sunken"]) >= 3, drawn
+    for curve in ("--accent", "--prefill"):
+        assert opened.page.evaluate(LUMINANCE, [curve, "--raised"]) >= 3, curve
+    opened.context.close()
+
+
+def test_a_name_is_legible_on_every_adapters_colour(browser: Browser, server: Server) -> None:
+    opened = Opened(browser, server.url)
+    label = opened.page.evaluate(
+        """() => {
+          const segment = document.createElement("span");
+          document.getElementById("pool").append(segment);
+          return getComputedStyle(segment).color;
+        }"""
+    )
+    for adapter_id in range(360):
+        for lightness in (70, 88):
+            ground = opened.page.evaluate(f"colour({adapter_id}, {lightness})")
+            assert opened.page.evaluate(LUMINANCE, [label, ground]) >= 4.5, ground
     opened.context.close()
