@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import uvloop
@@ -39,18 +39,68 @@ _HISTOGRAM_MS = 5_000
 _END_BYTES = 512
 # By then every stream runs, and caches and allocators have what they keep.
 _WARM_UP_SHARE = 0.2
+_TICK_S = 0.005
+_LEAST_STALL_S = 0.05
+
+
+class OwnStalls:
+    """For how long this process's loop stood still, in sum, within ``async with``.
+
+    Of a stall of the machine's the frontend can not be blamed: neither the engine nor any reader,
+    which are here, did anything meanwhile. Short ones are the work of the loop, and not counted.
+    """
+
+    def __init__(self) -> None:
+        self._stalled_s = 0.0
+        self._ticked_s = perf_counter()
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._ticked_s = perf_counter()
+        self._ticking = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._ticking is not None
+        self._ticking.cancel()
+        await asyncio.wait((self._ticking,))
+
+    def until(self, now_s: float) -> float:
+        """The sum up to ``now_s``, which is now: also what no tick has told yet."""
+        return self._stalled_s + self._stall(now_s)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now_s = perf_counter()
+            self._stalled_s += self._stall(now_s)
+            self._ticked_s = now_s
+
+    def _stall(self, now_s: float) -> float:
+        late_s = now_s - self._ticked_s - _TICK_S
+        return late_s if late_s > _LEAST_STALL_S else 0.0
 
 
 @dataclass
 class Gaps:
-    """Counts of gaps by whole milliseconds; the last counts all longer ones."""
+    """Counts of gaps by whole milliseconds; the last counts all longer ones.
 
+    ``largest_of_frontend_s`` is the largest less the stalls of this process within each.
+    """
+
+    stalls: OwnStalls | None = None
     counts: list[int] = field(default_factory=lambda: [0] * _HISTOGRAM_MS)
     largest_s: float = 0.0
+    largest_of_frontend_s: float = 0.0
 
-    def add(self, gap_s: float) -> None:
+    def stalled_s(self, now_s: float) -> float:
+        """To be told at a gap's begin, for its end."""
+        return 0.0 if self.stalls is None else self.stalls.until(now_s)
+
+    def add(self, gap_s: float, own_stall_s: float = 0.0) -> None:
         self.counts[min(int(gap_s * 1e3), _HISTOGRAM_MS - 1)] += 1
         self.largest_s = max(self.largest_s, gap_s)
+        self.largest_of_frontend_s = max(self.largest_of_frontend_s, gap_s - own_stall_s)
 
     def percentile_ms(self, share: float) -> int:
         """The millisecond that so large a share of the gaps does not go beyond; 0 of none."""
@@ -95,7 +145,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Report:
-    """``grown_bytes`` is the frontend's memory at the end over that when it was warm."""
+    """``grown_bytes`` is the frontend's memory at the end over that when it was warm.
+
+    ``frontend_gap_max_ms`` is the largest gap without the time for which this process stood still.
+    """
 
     num_streams: int
     tokens_per_s: float
@@ -105,6 +158,7 @@ class Report:
     gap_p50_ms: int
     gap_p99_ms: int
     gap_max_ms: float
+    frontend_gap_max_ms: float
     own_lag_max_ms: float
     frontend_cores: float
     resident_bytes: int
@@ -153,7 +207,8 @@ async def frontend(tokens_per_s: float, **config_fields: Any) -> AsyncIterator[R
 
 async def measure(load: Load) -> Report:
     """Puts ``load`` on a frontend of its own. Raises as ``frontend``."""
-    gaps, lag = Gaps(), LoopLag()
+    stalls, lag = OwnStalls(), LoopLag()
+    gaps = Gaps(stalls)
     num_failures = 0
 
     async def read_streams(rig: Rig, place: int) -> None:
@@ -165,7 +220,7 @@ async def measure(load: Load) -> Report:
                 num_failures += 1
             max_tokens = load.tokens_per_stream
 
-    async with frontend(load.tokens_per_s) as rig:
+    async with frontend(load.tokens_per_s) as rig, stalls:
         readers = [
             asyncio.create_task(read_streams(rig, place)) for place in range(load.num_streams)
         ]
@@ -191,6 +246,7 @@ async def measure(load: Load) -> Report:
         gap_p50_ms=gaps.percentile_ms(0.5),
         gap_p99_ms=gaps.percentile_ms(0.99),
         gap_max_ms=round(gaps.largest_s * 1e3, 1),
+        frontend_gap_max_ms=round(gaps.largest_of_frontend_s * 1e3, 1),
         own_lag_max_ms=round(own_lag_s * 1e3, 1),
         frontend_cores=round((end.cpu_s - warm.cpu_s) / took_s, 3),
         resident_bytes=end.resident_bytes,
@@ -210,13 +266,15 @@ async def read_stream(address: Address, max_tokens: int, gaps: Gaps) -> bool:
     }
     request = address.request("POST", "/v1/completions", msgspec.json.encode(body))
     last_s: float | None = None
+    last_stalled_s = 0.0
     end = b""
 
     def take(piece: bytes, now_s: float) -> None:
-        nonlocal last_s, end
+        nonlocal last_s, last_stalled_s, end
+        stalled_s = gaps.stalled_s(now_s)
         if last_s is not None:
-            gaps.add(now_s - last_s)
-        last_s = now_s
+            gaps.add(now_s - last_s, stalled_s - last_stalled_s)
+        last_s, last_stalled_s = now_s, stalled_s
         # The usage is what stands before the end of the stream.
         end = (end + piece)[-_END_BYTES:]
 
@@ -245,6 +303,7 @@ def table(report: Report) -> Table:
         ("gap over the engine's beat, p50", f"{report.gap_p50_ms / beat_ms:.2f}"),
         ("gap over the engine's beat, p99", f"{report.gap_p99_ms / beat_ms:.2f}"),
         ("largest gap", f"{report.gap_max_ms:.0f} ms"),
+        ("the same less own stalls", f"{report.frontend_gap_max_ms:.0f} ms"),
         ("largest lag of engine and readers themselves", f"{report.own_lag_max_ms:.0f} ms"),
         ("cores that the frontend took", f"{report.frontend_cores:.2f}"),
         ("core time for a token", f"{per_token_us:.1f} µs"),
