@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 import prometheus_client
 
 from api.latencies import RecentLatencies
+from api.latency_histogram import LatencyHistogram
+from api.metric_families import MetricFamilies
 
 TOKEN_SECONDS = (
     0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06,
@@ -98,10 +100,10 @@ class RequestMetrics:
 
     def _histogram(
         self, name: str, documentation: str, buckets: tuple[float, ...]
-    ) -> prometheus_client.Histogram:
-        return prometheus_client.Histogram(
-            name, documentation, ("model_name",), buckets=buckets, registry=self.registry
-        ).labels(self._model_name)
+    ) -> LatencyHistogram:
+        histogram = LatencyHistogram(MetricFamilies(self._model_name), name, documentation, buckets)
+        self.registry.register(histogram)
+        return histogram
 
 
 class RequestFollower:
