@@ -27,6 +27,7 @@ def largest_gap(server: Server, prompt: str) -> float:
     return max(gaps)
 
 
+@pytest.mark.long
 def test_other_streams_stand_still_for_the_whole_load_only_when_it_blocks(
     tiny_model: TinyModel,
 ) -> None:
@@ -99,6 +100,7 @@ def test_answers_are_right_however_adapters_are_loaded(mode: str, tiny_model: Ti
     assert answers == [answer for _, _, answer in asked]
 
 
+@pytest.mark.long
 def test_in_half_precision_every_mode_gives_nearly_the_same_logprobs(
     tiny_model: TinyModel,
 ) -> None:

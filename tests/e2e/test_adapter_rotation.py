@@ -51,6 +51,7 @@ def test_answers_are_right_although_every_one_is_paused_on_its_way(
     assert answers == [answer for _, _, answer in asked]
 
 
+@pytest.mark.long
 def test_long_answers_are_those_of_a_server_that_does_not_rotate(tiny_model: TinyModel) -> None:
     arguments = (*serve_arguments(tiny_model), *ROOM_FOR_ONE, "--max-adapter-wait", "0.1")
     with serving(*arguments, "--no-adapter-rotation") as server:

@@ -35,6 +35,7 @@ def one_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_core_each")
 def test_a_server_with_room_and_one_without_are_compared(
     tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
