@@ -75,9 +75,11 @@ class AdapterTable:
         ), base.linears
         self._base = base
         shape = (max_adapters, base.num_layers, len(LINEAR_MODULES))
-        self.records = torch.zeros(
-            (*shape, RECORD.itemsize // 8), dtype=torch.int64, device=device.torch_device
-        )
+        # There before whatever ``install`` brings, which goes to the same stream.
+        with device.forward_stream():
+            self.records = torch.zeros(
+                (*shape, RECORD.itemsize // 8), dtype=torch.int64, device=device.torch_device
+            )
         self._device = device
         self._entries: dict[AdapterId, TableEntry] = {}
         # In the order in which they became free.

@@ -177,7 +177,9 @@ class TiledSteps:
         self._device = device
         self._tile_rows = tile_rows
         shape = (self._num_tiles(max_rows), 4)
-        self._tiles = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
+        # There before whatever ``fill`` brings, which goes to the same stream.
+        with device.forward_stream():
+            self._tiles = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
 
     def step(self, num_rows: int, max_rank: int) -> EagerStep:
         """Launches for what the last ``fill`` with so many rows says; at first, nothing."""
@@ -256,7 +258,9 @@ class GraphStep:
         # The rows' flags stand ahead of the units: so one upload brings both.
         num_flags = num_flag_rows(max_rows)
         shape = (num_flags + 1 + self._shape.max_units(max_rows), UNIT_WORDS)
-        self._work = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
+        # There before whatever ``fill`` brings, which goes to the same stream.
+        with device.forward_stream():
+            self._work = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
         self._has_adapter = self._work[:num_flags].view(-1)[:max_rows]
         self._device = device
         self._fork = fork
