@@ -1,9 +1,11 @@
-"""The decoder's elementwise operations as Triton kernels."""
+"""The decoder's operations as Triton kernels."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from engine.kernels.add_residual import add_residual
+from engine.kernels.few_rows_product import MAX_ROWS, ProductScratch, few_rows_product, tuning_for
 from engine.kernels.head_rotation import HeadRotation
 from engine.kernels.overlap import may_overlap
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
@@ -16,16 +18,30 @@ from engine.lora.delta import Delta
 class FusedOps:
     """``DecoderOps`` with one launch each, rounded to the model's dtype where transformers rounds.
 
-    A token whose slot is negative is not stored.
+    A token whose slot is negative is not stored. Products of few rows in half precision are our
+    own where launches may overlap, all others the library's.
     """
 
     def __init__(self, rms_norm_eps: float, device: torch.device) -> None:
         self._eps = rms_norm_eps
         self._overlaps = may_overlap(device)
+        self._scratch = None
+        if self._overlaps:
+            properties = torch.cuda.get_device_properties(device)
+            self._scratch = ProductScratch(properties.multi_processor_count, device)
 
     @property
     def rms_norm_eps(self) -> float:
         return self._eps
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_beside: bool = False
+    ) -> Tensor:
+        if self._scratch is None or len(x) > MAX_ROWS or x.dtype is torch.float32:
+            return functional.linear(x, weight, bias)
+        overlaps = not is_beside
+        tuning = tuning_for(len(x), overlaps)
+        return few_rows_product(x, weight, bias, self._scratch, tuning, overlaps)
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self._eps, self._overlaps)

@@ -2,6 +2,8 @@
 
 import os
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if failed := os.environ.get("SIDESTREAM_CHECK_FAILED"):
         terminalreporter.section("failed before the tests", red=True)
         terminalreporter.write_line(f"{failed}: see above")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C arrives, also where a shell that started this in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ row can be in flight together. What a stream promises still holds, by three rule
 2. No program writes to global memory before its wait. Hence no launch can overwrite what an
    earlier one still reads or has yet to write.
 3. Before its wait a program reads only what no launch in flight can write. Those in flight reach
-   back to the last launch that may not overlap, as a library's product, and include it: it began
-   when all before it had completed. So weights, a step's inputs, and what former steps left in the
-   KV cache may be read; what the layer has computed so far may not. A step's inputs come by a
-   launch themselves, so between it and the first launch that may overlap stands one that may not.
+   back to the last launch that may not overlap, as a library's product or what a step begins with,
+   and include it: it began when all before it had completed. So weights, a step's inputs, and what
+   former steps left in the KV cache may be read; what the layers have computed so far may not. A
+   step's inputs come by a launch themselves, so between it and the first launch that may overlap
+   stands one that may not.
 
 Where a stream forks and joins (``engine.lora.side_stream``), the edges across are dependencies on a
 launch as a whole. On the branch may stand only what does not overlap: what it depends on is not

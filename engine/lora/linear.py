@@ -5,7 +5,6 @@
 This is the reference path: plain torch, on any device, and what faster kernels are compared with.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,15 +25,22 @@ class ModuleColumns:
     stop: int
 
 
+class Product(Protocol):
+    """The base model's part of a projection: ``[num_tokens, out]`` in the model's dtype."""
+
+    def __call__(self, *, is_beside: bool = False) -> Tensor:
+        """``is_beside``: on a stream forked from the forward stream, beside adapters' launches.
+
+        Then it leaves these room, and no launch of its own overlaps the one before.
+        """
+        ...
+
+
 class LoraStep(Protocol):
     """What a decoder needs of the adapters in one step."""
 
     def project(
-        self,
-        layer: int,
-        group: tuple[ModuleColumns, ...],
-        x: Tensor,
-        product: Callable[[], Tensor],
+        self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, product: Product
     ) -> Projected:
         """What ``product`` computes, and for each row what its adapter makes of that row of ``x``.
 
@@ -58,11 +64,7 @@ class NoAdapters:
     """A step of base rows alone."""
 
     def project(
-        self,
-        layer: int,
-        group: tuple[ModuleColumns, ...],
-        x: Tensor,
-        product: Callable[[], Tensor],
+        self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, product: Product
     ) -> Projected:
         return Projected(product())
 
@@ -83,11 +85,7 @@ class _ReferenceStep:
         self._segments = segments
 
     def project(
-        self,
-        layer: int,
-        group: tuple[ModuleColumns, ...],
-        x: Tensor,
-        product: Callable[[], Tensor],
+        self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, product: Product
     ) -> Projected:
         out = product()
         for segment in self._segments:

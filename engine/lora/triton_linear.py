@@ -5,8 +5,6 @@ by reading the adapters' weights, the latter by reading and writing the rows. Wh
 need is found out once, for all layers, and handed to the kernels as data.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from engine.lora.launches import (
     ModuleGroup,
     SmallSegments,
 )
+from engine.lora.linear import Product
 from engine.lora.pool import AdapterPool
 from engine.lora.segments import Segment
 from engine.lora.side_stream import SideStream
@@ -140,9 +139,7 @@ class EagerStep:
     def __init__(self, parts: tuple[SmallSegments | LargeSegments, ...]) -> None:
         self.parts = parts
 
-    def project(
-        self, layer: int, group: ModuleGroup, x: Tensor, product: Callable[[], Tensor]
-    ) -> Projected:
+    def project(self, layer: int, group: ModuleGroup, x: Tensor, product: Product) -> Projected:
         out = product()
         # One after the other: they share scratch memory.
         for part in self.parts:
@@ -283,25 +280,18 @@ class GraphStep:
         scales_rows = any(self._table.entry(each.adapter_id).scales_rows for each in segments)
         return GraphVariant.IN_PLACE if scales_rows else GraphVariant.BESIDE
 
-    def project(
-        self, layer: int, group: ModuleGroup, x: Tensor, product: Callable[[], Tensor]
-    ) -> Projected:
+    def project(self, layer: int, group: ModuleGroup, x: Tensor, product: Product) -> Projected:
         if self._fork is not None:
             return self._project_beside(self._fork, layer, group, x, product)
         return self.in_place.project(layer, group, x, product)
 
     def _project_beside(
-        self,
-        fork: Fork,
-        layer: int,
-        group: ModuleGroup,
-        x: Tensor,
-        product: Callable[[], Tensor],
+        self, fork: Fork, layer: int, group: ModuleGroup, x: Tensor, product: Product
     ) -> Projected:
         num_rows = x.shape[0]
         values = fork.values(num_rows, group[-1].stop)
         with fork.stream.fork():
-            out = product()
+            out = product(is_beside=True)
         self.segments.shrink(layer, group, x)
         self.segments.expand_apart(layer, group, values)
         fork.stream.join()

@@ -7,6 +7,7 @@ Qwen3. Q, K and V are one matrix product, Gate and Up another.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,10 +34,9 @@ class _Linear:
     weight: Tensor
     bias: Tensor | None
 
-    def apply(self, layer: int, x: Tensor, lora: LoraStep) -> Projected:
-        return lora.project(
-            layer, self.modules, x, lambda: functional.linear(x, self.weight, self.bias)
-        )
+    def apply(self, layer: int, x: Tensor, lora: LoraStep, ops: DecoderOps) -> Projected:
+        product = partial(ops.linear, x, self.weight, self.bias)
+        return lora.project(layer, self.modules, x, product)
 
     def name_tensors(self, prefix: str) -> dict[str, Tensor]:
         named = {}
@@ -167,11 +167,13 @@ class Decoder:
                 x = ops.rms_norm(hidden, layer.input_norm)
             else:
                 x = ops.add_rms_norm(hidden, down.out, layer.input_norm, down.delta)
-            mixed = self._attend(index, layer, layer.qkv.apply(index, x, lora), rotation, attention)
-            output = layer.output.apply(index, mixed, lora)
+            qkv = layer.qkv.apply(index, x, lora, ops)
+            mixed = self._attend(index, layer, qkv, rotation, attention)
+            output = layer.output.apply(index, mixed, lora, ops)
             x = ops.add_rms_norm(hidden, output.out, layer.post_attention_norm, output.delta)
-            gate_up = layer.gate_up.apply(index, x, lora)
-            down = layer.down.apply(index, ops.silu_mul(gate_up.out, gate_up.delta), lora)
+            gate_up = layer.gate_up.apply(index, x, lora, ops)
+            x = ops.silu_mul(gate_up.out, gate_up.delta)
+            down = layer.down.apply(index, x, lora, ops)
             between()
         return hidden if down is None else ops.add(hidden, down.out, down.delta)
 
@@ -184,7 +186,7 @@ class Decoder:
         may change in place.
         """
         x = self._ops.rms_norm(hidden, self._norm)
-        logits = functional.linear(x, self._head)
+        logits = self._ops.linear(x, self._head)
         change(x, logits)
         return logits
 

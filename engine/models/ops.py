@@ -1,4 +1,4 @@
-"""What a decoder computes between its matrix products, as operations that a device may fuse."""
+"""What a decoder computes, as operations that a device has fast ways for."""
 
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from engine.models.rotary import rotate
 
 
 class DecoderOps(Protocol):
-    """The elementwise operations of a decoder with one epsilon of its RMS norms.
+    """The operations of a decoder with one epsilon of its RMS norms.
 
     Tensors are in the model's dtype, one row a token, contiguous.
     """
@@ -20,6 +20,12 @@ class DecoderOps(Protocol):
     @property
     def rms_norm_eps(self) -> float:
         """What every norm adds to the mean of squares."""
+        ...
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_beside: bool = False
+    ) -> Tensor:
+        """``x Wᵀ + bias`` for ``weight`` ``[out, in]``; see ``Product`` for ``is_beside``."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -76,6 +82,11 @@ class TorchOps:
     @property
     def rms_norm_eps(self) -> float:
         return self._eps
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_beside: bool = False
+    ) -> Tensor:
+        return functional.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, weight.shape, weight, self._eps)

@@ -37,6 +37,7 @@ class NeverOpen:
         raise AssertionError("it was never entered")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_it_opens_gives_up_and_leaves_no_thread() -> None:
     before = threading.active_count()
     never_open = NeverOpen()

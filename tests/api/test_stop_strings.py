@@ -129,6 +129,7 @@ def test_a_text_ends_where_the_plain_search_ends_it(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @settings(max_examples=30_000, deadline=None)
 @given(requests(), st.randoms(use_true_random=False))
 def test_many_texts_end_where_the_plain_search_ends_them(

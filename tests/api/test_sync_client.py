@@ -134,6 +134,7 @@ print(next(stream).token_ids)
         until(lambda: len(rig.engine.cancelled) == 1)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_interrupts_the_wait_and_cancels() -> None:
     with sync_rig(waits) as rig:
 

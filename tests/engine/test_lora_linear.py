@@ -13,6 +13,7 @@ from engine.lora.segments import Segment, find_segments, order_by_adapter
 from ipc.base_model import LINEAR_MODULES, BaseModel, DType, LinearShape
 from ipc.image import AdapterModule
 from ipc.messages import AdapterId
+from tests.engine.lora.rig import product_of
 from tests.engine.lora_images import LoraImage, ScatteredPool, make_image
 
 WIDTH = 48
@@ -99,7 +100,7 @@ def test_each_row_gets_its_own_adapters_part_and_nothing_else(
         before = torch.randn(num_rows, 96, generator=generator).to(torch_dtype(dtype))
         for layer in (0, 1):
             step = ReferenceLora(pool).begin(segments)
-            out = step.project(layer, QKV, x, before.clone).total()
+            out = step.project(layer, QKV, x, product_of(before)).total()
             for row, adapter_id in enumerate(adapter_ids):
                 expected = before[row].float()
                 if adapter_id is not None:

@@ -1,6 +1,5 @@
 """Adapters that a step only reads: the launches of a real one, in the places of a real one."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from engine.lora.delta import Projected
 from engine.lora.graph_variant import GraphVariant
 from engine.lora.kernels.shapes import Weights
 from engine.lora.launches import LoraLaunches, LoraTuning, ModuleGroup
-from engine.lora.linear import LoraStep
+from engine.lora.linear import LoraStep, Product
 from engine.lora.pool import AdapterPool
 from engine.lora.segments import Segment
 from engine.lora.table import AdapterTable
@@ -79,9 +78,7 @@ class ReadStep:
     def fill(self, segments: tuple[Segment, ...]) -> GraphVariant:
         return self._step.fill(segments)
 
-    def project(
-        self, layer: int, group: ModuleGroup, x: Tensor, product: Callable[[], Tensor]
-    ) -> Projected:
+    def project(self, layer: int, group: ModuleGroup, x: Tensor, product: Product) -> Projected:
         return Projected(self._step.project(layer, group, x, product).out)
 
 

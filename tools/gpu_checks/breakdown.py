@@ -21,7 +21,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         (SILU, "silu_mul"),
         (ADAPTERS, r"_(shrink|expand)_"),
         (ATTENTION, "flash|fmha|paged_decode"),
-        (PRODUCTS, "gemm|gemv|nvjet|xmma|cutlass|cublas|splitk"),
+        (PRODUCTS, "gemm|gemv|nvjet|xmma|cutlass|cublas|splitk|few_rows_product"),
         (COPIES, "^mem(cpy|set)"),
     )
 )

@@ -95,10 +95,12 @@ def matmul_graph_seconds(
     num_rows: int,
     repeats: int,
     num_empty_nodes: int = 0,
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
     """Time of a graph that multiplies ``num_rows`` rows with each of ``weights`` ``[out, in]``.
 
-    ``num_empty_nodes`` kernels that do nothing stand between the products, evenly.
+    ``num_empty_nodes`` kernels that do nothing stand between the products, evenly. ``linear`` takes
+    rows and a weight (None: the library's product, into memory that is there).
     """
     inputs = {
         width: torch.randn(num_rows, width, device=device).to(weights[0].dtype)
@@ -114,7 +116,10 @@ def matmul_graph_seconds(
     def products() -> None:
         for index, weight in enumerate(weights):
             height, width = weight.shape
-            torch.mm(inputs[width], weight.T, out=outputs[height])
+            if linear is None:
+                torch.mm(inputs[width], weight.T, out=outputs[height])
+            else:
+                linear(inputs[width], weight)
             before, after = (
                 num_empty_nodes * place // len(weights) for place in (index, index + 1)
             )

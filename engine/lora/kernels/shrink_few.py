@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.launch import launch
+from engine.kernels.split_sum import is_last_arrival, load_part
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
-from engine.lora.kernels.split_sum import is_last_arrival, load_part
 from engine.lora.work import SHRINK_ROW_WORD, SHRINK_ROWS_WORD, UNIT_WORDS
 from ipc.base_model import LINEAR_MODULES
 

@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.launch import launch
+from engine.kernels.split_sum import is_last_arrival, load_part
 from engine.kernels.whole_numbers import cdiv, next_power_of_2
 from engine.lora.kernels.shapes import GroupShape, Scratch, Weights
-from engine.lora.kernels.split_sum import is_last_arrival, load_part
 from ipc.base_model import LINEAR_MODULES
 
 _NUM_LINEARS = tl.constexpr(len(LINEAR_MODULES))

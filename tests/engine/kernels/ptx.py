@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from engine.kernels.add_residual import add_residual
 from engine.kernels.causal_hopper import HEAD_DIMS, CausalTuning, causal_hopper
 from engine.kernels.decode_workspace import DecodeWorkspace
+from engine.kernels.few_rows_product import MAX_ROWS, ProductScratch, few_rows_product, tuning_for
 from engine.kernels.head_rotation import HeadRotation
 from engine.kernels.packed_sequences import PackedSequences
 from engine.kernels.paged_decode import paged_decode
@@ -88,7 +89,12 @@ def launches() -> dict[str, Callable[[], object]]:
     turn = HeadRotation(rotation, None, 1e-5, integers)
     turn_and_norm = HeadRotation(rotation, norms, 1e-5, integers)
     tables = torch.zeros(_NUM_ROWS, 2, dtype=torch.int32)
+    products = ProductScratch(_NUM_PROCESSORS, torch.device("cpu"))
     workspace = DecodeWorkspace(32, 8, 128, _NUM_PROCESSORS, torch.device("cpu"), overlaps=True)
+
+    def multiply(num_rows: int) -> None:
+        rows = tensor(num_rows, 4096)
+        few_rows_product(rows, tensor(6144, 4096), None, products, tuning_for(num_rows, True), True)
 
     def delta_of(out: Tensor) -> Delta:
         return Delta(torch.zeros(out.shape), integers, overlaps=True)
@@ -170,6 +176,8 @@ def launches() -> dict[str, Callable[[], object]]:
         "shrink_few": shrink,
         "expand_few": lambda: expand(qkv, adds=True),
         "expand_few_apart": lambda: expand(torch.zeros(qkv.shape), adds=False),
+        "few_rows_product_of_16": lambda: multiply(16),
+        "few_rows_product_of_32": lambda: multiply(MAX_ROWS),
         "read_a": lambda: read(True, False),
         "read_b": lambda: read(False, True),
         "read_a_and_b": lambda: read(True, True),

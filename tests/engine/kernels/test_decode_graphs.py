@@ -18,7 +18,7 @@ from engine.graph_capture import GraphCapture, Replay
 from engine.kv_cache import KvCache, KvDestination
 from engine.lora.delta import Delta, Projected
 from engine.lora.graph_variant import GraphVariant
-from engine.lora.linear import LoraStep, ModuleColumns
+from engine.lora.linear import LoraStep, ModuleColumns, Product
 from engine.lora.segments import Segment
 from engine.models.decoder import Decoder
 from engine.models.ops import DecoderOps
@@ -65,11 +65,7 @@ class _Launches:
         self._launched = launched
 
     def project(
-        self,
-        layer: int,
-        group: tuple[ModuleColumns, ...],
-        x: Tensor,
-        product: Callable[[], Tensor],
+        self, layer: int, group: tuple[ModuleColumns, ...], x: Tensor, product: Product
     ) -> Projected:
         self._launched.append((len(x), self._variant))
         return Projected(product())

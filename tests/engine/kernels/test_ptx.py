@@ -89,6 +89,19 @@ def test_prefills_keep_the_tensor_cores_fed(head_dim: int, folder: Path) -> None
     assert "serialized" not in told
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_rows", [16, 32])
+def test_weights_stream_past_the_registers(num_rows: int, folder: Path) -> None:
+    ptx = folder / f"few_rows_product_of_{num_rows}.ptx"
+    text = ptx.read_text()
+    # Rows of the weights are what a matrix product wants most of: so few of x fill it as well.
+    assert f"wgmma.mma_async.sync.aligned.m64n{num_rows}k16" in text
+    assert "cp.async.cg.shared.global" in text
+    assert any("prefetch.global.L2" in line for line in instructions_before_wait(text))
+    told = assembler_messages(ptx)
+    assert "0 bytes spill stores" in told and "serialized" not in told
+
+
 def assembler_messages(ptx: Path) -> str:
     command = [get_ptxas(90).path, "--verbose", "--gpu-name=sm_90a", str(ptx)]
     command += ["--output-file", str(ptx.with_suffix(".cubin"))]

@@ -12,7 +12,7 @@ from engine.lora.kernels.expand_many import ExpandManyTuning
 from engine.lora.kernels.shrink_few import ShrinkFewTuning
 from engine.lora.kernels.shrink_many import ShrinkManyTuning
 from engine.lora.launches import LoraTuning, group_columns
-from engine.lora.linear import LoraStep, ModuleColumns
+from engine.lora.linear import LoraStep, ModuleColumns, Product
 from engine.lora.pool import AdapterPool
 from engine.lora.segments import Segment, find_segments, order_by_adapter
 from engine.lora.table import AdapterTable
@@ -182,7 +182,7 @@ class LoraRig:
         x, before = self.inputs(columns, num_rows)
         self.device.synchronize()
         with self.device.forward_stream():
-            out = step.project(layer, columns, x, before.clone).total()
+            out = step.project(layer, columns, x, product_of(before)).total()
         self.check(segments, layer, columns, x, before, out)
 
     def check(
@@ -222,6 +222,15 @@ class LoraRig:
                 assert (off <= 0).all(), f"{segment}, {columns}, off by {off.max():.2e} too much"
                 untouched[where] = False
         assert torch.equal(out[untouched], before[untouched]), "another's columns have changed"
+
+
+def product_of(out: Tensor, copies: bool = True) -> Product:
+    """A product that comes to ``out``, or to a copy of it each time."""
+
+    def product(*, is_beside: bool = False) -> Tensor:
+        return out.clone() if copies else out
+
+    return product
 
 
 def segments_of(numbers: Sequence[int | None], row_counts: Sequence[int]) -> tuple[Segment, ...]:

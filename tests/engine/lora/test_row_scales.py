@@ -5,7 +5,7 @@ import torch
 
 from engine.lora.graph_variant import GraphVariant
 from ipc.base_model import DType
-from tests.engine.lora.rig import LoraRig, segments_of
+from tests.engine.lora.rig import LoraRig, product_of, segments_of
 from tests.engine.lora.test_triton_linear import DTYPES, begin
 from tests.engine.lora_images import make_image
 
@@ -80,7 +80,7 @@ def test_a_bias_alone_is_a_part_of_the_delta(rigs: dict[DType, LoraRig]) -> None
     for group, columns in enumerate(rig.groups):
         x, before = rig.inputs(columns, 24)
         with rig.device.forward_stream():
-            projected = step.project(0, columns, x, before.clone)
+            projected = step.project(0, columns, x, product_of(before))
         rig.device.synchronize()
         assert projected.delta is not None and torch.equal(projected.out, before)
         rig.add_and_check(step, segments, 0, group, 24)
@@ -117,6 +117,6 @@ def test_scaling_by_one_and_adding_nothing_change_no_bit(dtype: DType) -> None:
             step = begin(rig, rig.lora(), segments_of([number], row_counts))
             rig.device.synchronize()
             with rig.device.forward_stream():
-                outs.append(step.project(0, rig.groups[0], x, before.clone).total())
+                outs.append(step.project(0, rig.groups[0], x, product_of(before)).total())
             rig.device.synchronize()
         assert torch.equal(*outs)

@@ -3,7 +3,6 @@
 import os
 import random
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from engine.lora.segments import Segment
 from engine.lora.triton_linear import TritonLora
 from ipc.base_model import DType
 from ipc.messages import AdapterId
-from tests.engine.lora.rig import RANKS, LoraRig, segments_of
+from tests.engine.lora.rig import RANKS, LoraRig, product_of, segments_of
 
 # The interpreter rounds bf16 down instead of to the nearest.
 DTYPES = (
@@ -194,8 +193,8 @@ def test_a_delta_apart_gives_what_is_given_in_place(
         x, before = rig.inputs(rig.groups[group], 48)
         rig.device.synchronize()
         with rig.device.forward_stream():
-            apart = lora.project(layer, rig.groups[group], x, before.clone)
-            added = in_place.project(layer, rig.groups[group], x, before.clone)
+            apart = lora.project(layer, rig.groups[group], x, product_of(before))
+            added = in_place.project(layer, rig.groups[group], x, product_of(before))
         rig.device.synchronize()
         assert torch.equal(apart.out, before) and added.delta is None
         if torch.cuda.is_available():
@@ -216,7 +215,7 @@ def test_values_that_nobody_writes_are_those_of_rows_without_an_adapter(
     for group in range(4):
         x, before = rig.inputs(rig.groups[group], 8)
         with rig.device.forward_stream():
-            projected = step.project(1, rig.groups[group], x, before.clone)
+            projected = step.project(1, rig.groups[group], x, product_of(before))
         rig.device.synchronize()
         assert projected.delta is not None
         assert projected.delta.has_adapter.tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
@@ -244,7 +243,7 @@ def test_a_captured_graph_replays_with_other_adapters(
 
     def add_all() -> None:
         totals[:] = [
-            step.project(layer, group, x, partial(out.view, out.shape)).total()
+            step.project(layer, group, x, product_of(out, copies=False)).total()
             for (layer, group), (x, _), out in zip(calls, given, outs, strict=True)
         ]
 

@@ -17,7 +17,7 @@ from engine.lora.segments import Segment
 from engine.lora.triton_linear import Fork, GraphStep, weights_in
 from ipc.base_model import DType
 from ipc.image import padded_rank
-from tests.engine.lora.rig import LoraRig, segments_of
+from tests.engine.lora.rig import LoraRig, product_of, segments_of
 from tools.adapter_reads import kernel
 from tools.adapter_reads.lora import NumLaunches, ReadLaunches, ReadLora
 
@@ -97,7 +97,7 @@ def test_a_projection_reads_its_as_and_bs_and_no_word_else(
         x, before = rig.inputs(columns, MAX_ROWS)
         rig.device.synchronize()
         with rig.device.forward_stream():
-            projected = step.project(layer, columns, x, before.clone)
+            projected = step.project(layer, columns, x, product_of(before))
             checksum = lora.take_checksum()
         expected = sum(entry_words(rig, segments, layer, names, b) for b in (False, True))
         assert checksum == expected % (1 << 32), (layer, names)
@@ -153,7 +153,7 @@ def record_step(monkeypatch: pytest.MonkeyPatch, kind: str, num_rows: int) -> li
     step = GraphStep(launches, rig.table, rig.device, num_rows, tuning, fork)
     for group in rig.groups:
         x, before = rig.inputs(group, num_rows)
-        step.project(0, group, x, before.clone)
+        step.project(0, group, x, product_of(before))
     return record.launches
 
 
@@ -189,7 +189,7 @@ def test_a_list_without_room_is_read_to_its_end_and_its_checksum_taken_once(
     x, before = rig.inputs(rig.groups[1], 1)
     rig.device.synchronize()
     with rig.device.forward_stream():
-        step.project(0, rig.groups[1], x, before.clone)
+        step.project(0, rig.groups[1], x, product_of(before))
         checksums = [lora.take_checksum() for _ in range(2)]
     expected = sum(entry_words(rig, segments, 0, ("o_proj",), b) for b in (False, True))
     assert checksums == [expected % (1 << 32), 0]
