@@ -11,9 +11,14 @@ class DecodeTuning:
 
     A program takes the cached tokens of its split ``tile_tokens`` at a time; a split has at least
     ``min_split_tokens``. There are about ``programs_per_processor`` of them on each multiprocessor.
+    The first ``prefetched_tokens`` of a split are asked for while the launch before still runs, in
+    batches of up to ``prefetched_rows``: of larger ones the contexts are so much to read that they
+    hold up the product that runs (8 rows: a step is 2 % faster with it, 32 rows: 1 % slower).
     """
 
     tile_tokens: int = 64
+    prefetched_tokens: int = 128
+    prefetched_rows: int = 16
     min_split_tokens: int = 128
     programs_per_processor: int = 2
     num_warps: int = 4

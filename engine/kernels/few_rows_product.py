@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.launch import launch
+from engine.kernels.prefetch import LINE_BYTES, prefetch_lines
 from engine.kernels.split_sum import is_last_arrival, load_part
 from engine.kernels.whole_numbers import cdiv
 
@@ -174,7 +175,7 @@ def _few_rows_product_kernel(
     is_row, is_column = rows < num_rows, columns < out_features - first_column
     if OVERLAPS:
         # Further tiles in advance cost more than they save: they hold up those of other programs.
-        _ask_for_tile(
+        _prefetch_tile(
             weight_ptr + first_step * TILE_INPUTS,
             in_features,
             is_column,
@@ -224,20 +225,12 @@ def _store(out_ptr, bias_ptr, sums, mask, rows, columns, out_features):
 
 
 @triton.jit
-def _ask_for_tile(
+def _prefetch_tile(
     ptr, stride, is_row, num_inputs, TILE_ROWS: tl.constexpr, TILE_INPUTS: tl.constexpr
 ):
-    """Has a tile of a matrix brought into the second-level cache, and does not wait for it."""
-    LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    """Has a tile of a matrix brought into the second-level cache."""
+    LINE: tl.constexpr = LINE_BYTES // (ptr.dtype.element_ty.primitive_bitwidth // 8)
     starts = tl.arange(0, TILE_INPUTS // LINE) * LINE
     ptrs = ptr + tl.arange(0, TILE_ROWS)[:, None] * stride + starts[None, :]
-    # What lies outside is asked for as the tile's first line.
-    ptrs = tl.where(is_row[:, None] & (starts < num_inputs)[None, :], ptrs, ptr)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [ptrs.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    # In the place of what lies outside comes the first line once more.
+    prefetch_lines(tl.where(is_row[:, None] & (starts < num_inputs)[None, :], ptrs, ptr))

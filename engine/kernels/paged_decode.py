@@ -61,8 +61,8 @@ def paged_decode(
 
     Products take the model's dtype (fp32, fp16 or bf16), sums are fp32. ``max_context`` need not be
     exact, see ``DecodeWorkspace.num_splits``. Mutates ``out``, with ``rotation`` also ``keys`` and
-    ``values``, and meanwhile ``workspace``. Where launches overlap, ``context_lens`` and
-    ``rows`` must be older than the last that does not.
+    ``values``, and meanwhile ``workspace``. Where launches overlap, ``context_lens``, ``rows`` and
+    ``block_tables`` must be older than the last that does not.
 
     Source: Dao et al., "Flash-Decoding for long-context inference".
     """
@@ -140,6 +140,7 @@ def paged_decode(
         TILE_HEADS=max(_MIN_DOT_ROWS, next_power_of_2(group)),
         TILE_HALF=max(_MIN_DOT_ROWS, next_power_of_2(head_dim // 2)),
         TILE_TOKENS=tuning.tile_tokens,
+        PREFETCHED_TOKENS=tuning.prefetched_tokens * (num_sequences <= tuning.prefetched_rows),
         TILE_SPLITS=8,
         NUM_STAGES=tuning.num_stages,
         # The interpreter's product of bf16 is wrong.

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from engine.kernels.head_deltas import add_delta, load_delta
 from engine.kernels.head_rotation import turn_heads
+from engine.kernels.prefetch import LINE_BYTES, prefetch_lines
 from engine.kernels.split_softmax import absorb, load_halves, merge_splits, store_halves
 
 
@@ -56,6 +57,7 @@ def paged_decode_kernel(
     TILE_HEADS: tl.constexpr,
     TILE_HALF: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
+    PREFETCHED_TOKENS: tl.constexpr,
     TILE_SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -103,6 +105,18 @@ def paged_decode_kernel(
     if HAS_DELTA:
         has_adapter = tl.load(has_adapter_ptr + row) != 0
     if OVERLAPS:
+        if PREFETCHED_TOKENS > 0:
+            _prefetch_tokens(
+                keys_ptr,
+                values_ptr,
+                table_ptr,
+                begin,
+                end,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                BLOCK_SIZE,
+                PREFETCHED_TOKENS,
+            )
         tl.extra.cuda.gdc_wait()
 
     query_ptrs = query_ptr + row * query_stride + kv_head * (GROUP * HEAD_DIM) + query_offsets
@@ -220,3 +234,28 @@ def paged_decode_kernel(
                 2 * TILE_HALF,
                 TILE_SPLITS,
             )
+
+
+@triton.jit
+def _prefetch_tokens(
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    begin,
+    end,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_TOKENS: tl.constexpr,
+):
+    """Has the first of a split's keys and values brought into the second-level cache."""
+    LINE: tl.constexpr = LINE_BYTES // (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    tokens = begin + tl.arange(0, NUM_TOKENS)
+    is_cached = tokens < end
+    blocks = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=is_cached, other=0)
+    slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+    # In the place of tokens that are not there comes the first slot of all.
+    places = tl.where(is_cached, slots * (NUM_KV_HEADS * HEAD_DIM), 0)
+    for start in tl.static_range(0, HEAD_DIM, LINE):
+        prefetch_lines(keys_ptr + places + start)
+        prefetch_lines(values_ptr + places + start)

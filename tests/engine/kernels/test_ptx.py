@@ -11,6 +11,7 @@ import pytest
 from triton.backends.nvidia.compiler import get_ptxas
 
 from engine.kernels.causal_hopper import HEAD_DIMS
+from engine.kernels.decode_workspace import DecodeTuning
 from engine.lora.launches import LoraTuning
 from tests.engine.kernels.ptx import hasty_instructions, instructions_before_wait, launches
 
@@ -87,6 +88,18 @@ def test_prefills_keep_the_tensor_cores_fed(head_dim: int, folder: Path) -> None
     assert "0 bytes spill stores" in told
     # Where it finds that registers of a product in flight are touched, each is waited for.
     assert "serialized" not in told
+
+
+@pytest.mark.slow
+def test_a_decode_asks_for_the_keys_and_values_that_are_cached_before_the_wait(
+    folder: Path,
+) -> None:
+    early = instructions_before_wait((folder / "paged_decode.ptx").read_text())
+    tuning = DecodeTuning()
+    # Keys and values of 256 bytes a token, in lines of 128.
+    num_lines = 2 * 2 * tuning.prefetched_tokens
+    num_threads = 32 * tuning.num_warps
+    assert sum("prefetch.global.L2" in line for line in early) * num_threads == num_lines
 
 
 @pytest.mark.slow
